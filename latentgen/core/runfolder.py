@@ -1,0 +1,47 @@
+"""Where a run keeps what it makes. docs/run-folder.md is the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths below `runs/NAME`; makes nothing by itself."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def model(self) -> Path:
+        """The finished diffusers model folder: present only when every stage is done."""
+        return self.path / "model"
+
+    def samples(self, stage: str) -> Path:
+        """Preview grids of one stage, one PNG a preview step."""
+        return self.path / "samples" / stage
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.path / "checkpoints" / stage
+
+    def result(self, stage: str) -> Path:
+        """What a finished stage hands to the next: present only when the stage is done."""
+        return self.path / "stages" / stage
+
+
+def newest_finished(root: Path) -> Path | None:
+    """The most recently finished run's model folder below `root`, or None."""
+    done = [folder for folder in root.glob("*/model/model_index.json") if folder.is_file()]
+    return max(done, key=lambda file: (file.stat().st_mtime_ns, str(file))).parent if done else None

@@ -1,0 +1,104 @@
+"""Results computed once and kept on the disk, named by the content that determines them.
+
+An array cache is a folder `KEY/` with `values.npy` (memory-mapped) and `cache.json`. All processes of a run fill it,
+each its share, with no collective call between them: a share is done when its marker file is there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from latentgen.core.files import fsync_folder, require_free_space, write_json
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ArrayCache:
+    """`rows` arrays of one shape, each computed once.
+
+    Args:
+        folder: where this cache lives; its name is the key of what determines the values.
+        rows: how many there are.
+        shape: shape of one.
+        what: shown to the user while it is made ("latents").
+    """
+
+    folder: Path
+    rows: int
+    shape: tuple[int, ...]
+    what: str
+
+    @property
+    def values(self) -> Path:
+        return self.folder / "values.npy"
+
+    @property
+    def bytes(self) -> int:
+        return int(self.rows * np.prod(self.shape) * 2)
+
+    def complete(self) -> bool:
+        """True when every value is there."""
+        return (self.folder / "cache.json").is_file()
+
+    def open(self) -> NDArray[np.float16]:
+        """The values `[rows, *shape]`, float16, memory-mapped and read-only."""
+        return np.load(self.values, mmap_mode="r")
+
+    def fill(self, compute: Callable[[range], NDArray[np.float16]], *, rank: int, world: int, chunk: int = 256) -> None:
+        """Compute what is missing; returns when all processes have done their share.
+
+        Args:
+            compute: rows -> values `[len(rows), *shape]`.
+            rank, world: process `rank` of `world` computes every world-th chunk.
+        """
+        if self.complete():
+            logger.info("%s: reused (%s)", self.what, self.folder)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            self._allocate()
+        self._wait(lambda: self.values.is_file())
+        values = np.load(self.values, mmap_mode="r+")
+        chunks = [range(at, min(at + chunk, self.rows)) for at in range(0, self.rows, chunk)]
+        mine = [part for part in chunks[rank::world] if not self._marker(part).is_file()]
+        for part in tqdm(mine, desc=f"caching {self.what}", unit="chunk", disable=rank != 0, leave=False):
+            values[part.start : part.stop] = compute(part)
+            values.flush()
+            self._marker(part).touch()
+        if rank == 0:
+            self._wait(lambda: all(self._marker(part).is_file() for part in chunks))
+            fsync_folder(self.folder)
+            write_json(self.folder / "cache.json", {"what": self.what, "rows": self.rows, "shape": list(self.shape)})
+            for part in chunks:
+                self._marker(part).unlink()
+        self._wait(self.complete)
+
+    def _marker(self, part: range) -> Path:
+        return self.folder / f"done-{part.start}-{part.stop}"
+
+    def _allocate(self) -> None:
+        """Reserve the file; a leftover of the right form from an interrupted run is continued."""
+        if self.values.is_file():
+            return
+        require_free_space(self.folder, self.bytes, f"the cache of {self.what}")
+        aside = self.folder / f"values.{os.getpid()}.partial"
+        array = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float16, shape=(self.rows, *self.shape))
+        array.flush()
+        del array
+        os.replace(aside, self.values)
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        """Wait on the disk, not in a collective call that would time out while another process is still computing."""
+        while not ready():
+            time.sleep(0.05)
+

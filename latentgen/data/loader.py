@@ -1,0 +1,108 @@
+"""Step number -> micro-batches, by torch's DataLoader; nothing in it has to be saved, for everything follows from the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from latentgen.core.errors import UserError
+from latentgen.core.rand import Draw
+from latentgen.data.order import examples_at
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a global batch is cut over processes and micro-batches.
+
+    Args:
+        global_batch: examples a step.
+        micro_batch: examples of one forward pass; None means the process's whole share.
+        rank, world: this process and how many there are.
+    """
+
+    global_batch: int
+    micro_batch: int | None = None
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.global_batch % self.world:
+            raise UserError(
+                f"train.global_batch: {self.global_batch} does not divide over {self.world} processes; choose a multiple"
+            )
+        share = self.global_batch // self.world
+        if self.micro_batch is not None and share % self.micro_batch:
+            raise UserError(
+                f"train.micro_batch: {self.micro_batch} does not divide the {share} examples each process has a step"
+            )
+
+    def rows(self) -> list[range]:
+        """This process's micro-batches, as ranges of positions in the global batch."""
+        share = self.global_batch // self.world
+        size = self.micro_batch or share
+        start = self.rank * share
+        return [range(at, at + size) for at in range(start, start + share, size)]
+
+
+class _MicroBatches(Dataset[tuple[Draw, Batch]]):
+    """Item k is micro-batch k % per_step of step k // per_step."""
+
+    def __init__(self, fetch: Callable[[Draw], Batch], examples: int, seed: int, stage: str, cut: Cut, steps: int) -> None:
+        self.fetch, self.examples, self.seed, self.stage, self.cut, self.steps = fetch, examples, seed, stage, cut, steps
+        self.rows = cut.rows()
+
+    def __len__(self) -> int:
+        return self.steps * len(self.rows)
+
+    def draw(self, item: int) -> Draw:
+        step, part = divmod(item, len(self.rows))
+        rows, first = self.rows[part], step * self.cut.global_batch
+        indices = examples_at(range(first + rows.start, first + rows.stop), self.examples, self.seed, self.stage)
+        return Draw(self.seed, self.stage, step, self.cut.global_batch, rows, indices)
+
+    def __getitem__(self, item: int) -> tuple[Draw, Batch]:
+        draw = self.draw(item)
+        return draw, self.fetch(draw)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """The data of one stage.
+
+    Args:
+        fetch: makes the batch of one `Draw` (whose `indices` name the examples); a pure function, picklable
+            when `workers` > 0.
+        examples: number of examples there are.
+        workers: processes that run `fetch` ahead of time.
+    """
+
+    fetch: Callable[[Draw], Batch]
+    examples: int
+    seed: int
+    stage: str
+    cut: Cut
+    steps: int
+    workers: int = 0
+
+    def iterate(self, start: int) -> Iterator[tuple[int, list[tuple[Draw, Batch]]]]:
+        """Yield (step, micro-batches) from step `start` to the last."""
+        items = _MicroBatches(self.fetch, self.examples, self.seed, self.stage, self.cut, self.steps)
+        parts = len(items.rows)
+        loader = DataLoader(
+            items,
+            batch_size=None,
+            sampler=range(start * parts, len(items)),
+            num_workers=self.workers,
+            prefetch_factor=2 if self.workers else None,
+        )
+        pending: list[tuple[Draw, Batch]] = []
+        for pair in loader:
+            pending.append(pair)
+            if len(pending) == parts:
+                yield pending[0][0].step, pending
+                pending = []

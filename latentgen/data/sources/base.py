@@ -1,0 +1,32 @@
+"""What every source of examples offers."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Source(Protocol):
+    """A fixed, ordered set of pictures with captions; reading one is a pure function of its number."""
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+        ...
+
+    def key(self) -> str:
+        """Changes whenever a picture, a caption or their order does: caches are named by it."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call the example when it is at fault."""
+        ...
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """The picture `[resolution, resolution, 3]`, RGB."""
+        ...
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Its captions, at least one."""
+        ...

@@ -1,0 +1,126 @@
+"""Sigma schedules: which noise levels a sampler visits.
+
+    schedule(n, parameterization, **knobs) -> sigmas [n + 1], float32 on the CPU, strictly descending, last exactly 0
+
+The parameterization supplies the range [sigma_min, sigma_max] and, for the schedules named after time spacings, the
+discrete table. Levels are computed in float64 and rounded once. Every schedule but `leading` starts at sigma_max.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from latentgen.core.errors import UserError
+from latentgen.diffusion.parameterization import EDM, X0, Eps, NoiseTable, Parameterization, V
+
+Schedule = Callable[..., Tensor]
+
+
+def initial_state(noise: Tensor, sigma: float) -> Tensor:
+    """Where sampling starts: noise [b, c, h, w] scaled to the spread of x = x0 + sigma * noise for data of variance 1.
+
+    sqrt(1 + sigma^2) rather than sigma: it is what `x_vp = noise` means in these coordinates, and the two differ by
+    0.2 percent at Stable Diffusion's sigma_max.
+    """
+    return noise * math.sqrt(1 + sigma**2)
+
+
+def karras(n: int, parameterization: Parameterization, *, rho: float = 7.0) -> Tensor:
+    """sigma^(1/rho) on a straight line from sigma_max to sigma_min (arXiv 2206.00364, eq. 5)."""
+    _check_steps(n)
+    if not rho > 0:
+        raise UserError(f"rho of the karras schedule is {rho}: it must be above 0 (7 is usual).")
+    high, low = parameterization.sigma_max ** (1 / rho), parameterization.sigma_min ** (1 / rho)
+    return _finish((high + _ramp(n) * (low - high)) ** rho)
+
+
+def exponential(n: int, parameterization: Parameterization) -> Tensor:
+    """log(sigma) on a straight line from sigma_max to sigma_min: uniform in log-SNR (arXiv 2206.00927)."""
+    _check_steps(n)
+    high, low = math.log(parameterization.sigma_max), math.log(parameterization.sigma_min)
+    return _finish(torch.exp(high + _ramp(n) * (low - high)))
+
+
+def trailing(n: int, parameterization: Parameterization) -> Tensor:
+    """Integer times counted back from the last one, T - 1 (arXiv 2305.08891, table 2)."""
+    table = _table(n, parameterization, "trailing", at_most_one_step_per_time=True)
+    last = table.num_timesteps
+    step = last - (last - last / n)  # T / n rounded as a difference of times, so that halves fall as in other tools
+    t = (last - torch.arange(n, dtype=torch.float64) * step).round() - 1
+    return _finish(table.sigma_of_t(t))
+
+
+def leading(n: int, parameterization: Parameterization, *, steps_offset: int = 1) -> Tensor:
+    """Every (T // n)-th integer time from `steps_offset` on (arXiv 2305.08891, table 2; offset 1 in Stable Diffusion).
+
+    It starts below sigma_max, the flaw that paper describes; with one step it starts at t = steps_offset.
+    """
+    table = _table(n, parameterization, "leading", at_most_one_step_per_time=True)
+    stride = table.num_timesteps // n
+    if not 0 <= steps_offset <= table.num_timesteps - 1 - (n - 1) * stride:
+        raise UserError(f"steps_offset {steps_offset} with {n} steps leaves the {table.num_timesteps} training times.")
+    t = torch.arange(n - 1, -1, -1, dtype=torch.float64) * stride + steps_offset
+    return _finish(table.sigma_of_t(t))
+
+
+def linspace(n: int, parameterization: Parameterization) -> Tensor:
+    """n evenly spaced times from T - 1 to 0, both included, not rounded (arXiv 2305.08891, table 2)."""
+    table = _table(n, parameterization, "linspace")
+    return _finish(table.sigma_of_t((1 - _ramp(n)) * (table.num_timesteps - 1)))
+
+
+def flow(n: int, parameterization: Parameterization, *, shift: float = 1.0) -> Tensor:
+    """Evenly spaced flow times t = sigma / (1 + sigma), shifted towards noise (arXiv 2403.03206, eq. 23).
+
+    The shift t' = s t / (1 + (s - 1) t) is sigma' = s * sigma. Times run from the one that shifts onto sigma_max down
+    to 0, so the schedule starts at sigma_max whatever the shift.
+    """
+    _check_steps(n)
+    if not shift > 0:
+        raise UserError(f"shift of the flow schedule is {shift}: it must be above 0 (1 is no shift).")
+    start = parameterization.sigma_max / shift
+    t = start / (1 + start) * (1 - torch.arange(n, dtype=torch.float64) / n)
+    return _finish(shift * t / (1 - t))
+
+
+def _check_steps(n: int) -> None:
+    if n <= 0:
+        raise UserError(f"--steps {n}: the number of sampling steps must be at least 1.")
+
+
+def _table(
+    n: int, parameterization: Parameterization, name: str, at_most_one_step_per_time: bool = False
+) -> NoiseTable:
+    """The discrete table behind a time-spacing schedule, after the checks these schedules share."""
+    _check_steps(n)
+    if not isinstance(parameterization, Eps | V | X0):
+        other = "karras" if isinstance(parameterization, EDM) else "flow"
+        raise UserError(f"schedule {name!r} needs training times, which this model has not: choose {other!r}.")
+    table = parameterization.table
+    if at_most_one_step_per_time and n > table.num_timesteps:
+        raise UserError(f"--steps {n}: schedule {name!r} has only {table.num_timesteps} times; use fewer steps.")
+    return table
+
+
+def _ramp(n: int) -> Tensor:
+    """n points from 0 to 1, both included; a single point is 0. [n], float64."""
+    return torch.linspace(0, 1, n, dtype=torch.float64)
+
+
+def _finish(sigmas: Tensor) -> Tensor:
+    """Append the final 0 and round to float32."""
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).to(torch.float32)
+
+
+SCHEDULES: Mapping[str, Schedule] = {
+    "karras": karras,
+    "exponential": exponential,
+    "trailing": trailing,
+    "leading": leading,
+    "linspace": linspace,
+    "flow": flow,
+}

@@ -1,0 +1,191 @@
+"""The training loop. It knows modules, phases and losses; it does not know pictures, captions or diffusion.
+
+A step: for every phase the micro-batches' gradients are summed, clipped and applied; then the averages move. Nothing
+is read from the device except on logging and saving steps. What survives a restart is in `_snapshot`; data and draws
+follow from the step number alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from latentgen.core.errors import Interrupted
+from latentgen.core.rand import Draw, seed_of
+from latentgen.engine import optim
+from latentgen.engine.checkpoint import Checkpoint, load_newest, save_checkpoint
+from latentgen.engine.ema import Ema
+from latentgen.engine.meter import Meter
+from latentgen.engine.settings import LoopSettings, StagePaths
+from latentgen.engine.stop import StopRequest
+from latentgen.engine.task import Phase, Task
+from latentgen.engine.trackers import Trackers
+
+logger = logging.getLogger(__name__)
+
+MicroBatches = list[tuple[Draw, Any]]
+
+
+class StepData(Protocol):
+    """Where batches come from: (step, micro-batches) from any step on."""
+
+    def iterate(self, start: int) -> Iterator[tuple[int, MicroBatches]]:
+        """Yield from step `start` to the last."""
+        ...
+
+
+class Loop:
+    """One stage's training: build it, then call `run`."""
+
+    def __init__(
+        self, task: Task, data: StepData, settings: LoopSettings, accelerator: Accelerator, paths: StagePaths
+    ) -> None:
+        self.task, self.data, self.settings, self.accelerator, self.paths = task, data, settings, accelerator, paths
+        self.plain = {name: module.to(accelerator.device) for name, module in task.modules.items()}
+        self.ema = {name: Ema(self.plain[name], settings.ema_decay) for name in task.averaged}
+        self.optimizers: dict[str, Any] = {}
+        for phase in task.phases():
+            optimizer = optim.adamw(
+                [self.plain[name] for name in phase.trains],
+                lr=settings.learning_rate,
+                betas=(settings.beta1, settings.beta2),
+                weight_decay=settings.weight_decay,
+            )
+            self.optimizers[phase.name] = accelerator.prepare(optimizer)
+        for name, module in self.plain.items():
+            task.modules[name] = accelerator.prepare(module)
+        self.meter = Meter()
+
+    @property
+    def averaged(self) -> Mapping[str, nn.Module]:
+        """The averaged modules, to preview and export."""
+        return {name: ema.averaged for name, ema in self.ema.items()}
+
+    def run(self) -> None:
+        """Train to the last step, from the newest checkpoint when there is one.
+
+        Raises:
+            Interrupted: a signal asked to stop; the state is saved.
+            FloatingPointError: the loss is not finite.
+        """
+        start, steps = self._restore(), self.settings.steps
+        if start >= steps:
+            return
+        main = self.accelerator.is_main_process
+        bar = tqdm(total=steps, initial=start, desc=self.task.name, unit="step", disable=not main)
+        trackers = Trackers(
+            self.paths.metrics, self.paths.tensorboard, stage=self.task.name, start_step=start, active=main
+        )
+        redirect = logging_redirect_tqdm([logging.getLogger("latentgen")])
+        with StopRequest() as stop, bar, trackers, redirect:
+            if start % self.settings.preview_every == 0:  # also the one that a kill may have swallowed
+                self._preview(start, trackers)
+            since, done = time.perf_counter(), start
+            for step, micro_batches in self.data.iterate(start):
+                self._step(step, micro_batches)
+                count = step + 1
+                last, stopping = count == steps, self._agree(stop.asked)
+                bar.update()
+                if last or count % self.settings.log_every == 0:
+                    values = self.meter.read(self.accelerator)
+                    now = time.perf_counter()
+                    speed = {"steps_per_second": (count - done) / (now - since), "learning_rate": self._rate(step)}
+                    trackers.log(count, "train", {**values, **speed})
+                    bar.set_postfix(loss=f"{values['loss']:.4f}")
+                    since, done = now, count
+                if last or stopping or count % self.settings.save_every == 0:
+                    self._save(count)
+                if stopping and not last:
+                    raise Interrupted(f"stopped after step {count} of {steps}, saved; the same command continues")
+                if last or count % self.settings.preview_every == 0:
+                    self._preview(count, trackers)
+
+    def _step(self, step: int, micro_batches: MicroBatches) -> None:
+        for phase in self.task.phases():
+            if step >= phase.start:
+                self._phase(phase, step, micro_batches)
+        for name, ema in self.ema.items():
+            ema.update(self.plain[name], step)
+
+    def _phase(self, phase: Phase, step: int, micro_batches: MicroBatches) -> None:
+        """One optimizer step: each process takes the mean over its rows, DDP the mean over processes."""
+        optimizer, parts = self.optimizers[phase.name], len(micro_batches)
+        optimizer.zero_grad(set_to_none=True)
+        prefix = "" if phase.name == self.task.phases()[0].name else f"{phase.name}/"
+        for number, (draw, batch) in enumerate(micro_batches):
+            # Dropout and the like draw from torch's own generator, which must not remember earlier steps.
+            torch.manual_seed(seed_of(draw.seed, draw.stage, phase.name, draw.step, draw.rows.start))
+            with contextlib.ExitStack() as stack:
+                if number < parts - 1:
+                    for name in phase.trains:
+                        stack.enter_context(self.accelerator.no_sync(self.task.modules[name]))
+                losses = self.task.losses(phase.name, batch, draw)
+                self.accelerator.backward(losses["loss"] / parts)
+            for key, value in losses.items():
+                self.meter.add(prefix + key, value / parts, count=number == parts - 1)
+        parameters = [p for name in phase.trains for p in self.plain[name].parameters()]
+        norm = self.accelerator.clip_grad_norm_(parameters, self.settings.grad_clip)
+        self.meter.add(f"{prefix}grad_norm", torch.as_tensor(norm, device=self.accelerator.device))
+        for group in optimizer.param_groups:
+            group["lr"] = self._rate(step)
+        optimizer.step()
+
+    def _rate(self, step: int) -> float:
+        s = self.settings
+        return optim.learning_rate(
+            step, peak=s.learning_rate, schedule=s.schedule, warmup=s.warmup_steps, steps=s.steps, final=s.final_learning_rate
+        )
+
+    def _agree(self, asked: bool) -> bool:
+        """Every process stops at the same step when one is asked to."""
+        if self.accelerator.num_processes == 1:
+            return asked
+        flag = self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device), "sum")
+        return bool(flag > 0)  # type: ignore[operator]
+
+    def _preview(self, step: int, trackers: Trackers) -> None:
+        if self.accelerator.is_main_process:
+            values = self.task.preview(self.averaged, step, self.paths.samples)
+            if values:
+                trackers.log(step, "preview", values)
+        self.accelerator.wait_for_everyone()
+
+    def _snapshot(self, step: int) -> Checkpoint:
+        tensors = {f"weights-{name}": dict(module.state_dict()) for name, module in self.plain.items()}
+        tensors |= {f"ema-{name}": ema.state_dict() for name, ema in self.ema.items()}
+        tensors |= {f"optimizer-{name}": optim.flatten(o.optimizer) for name, o in self.optimizers.items()}
+        tensors["meter"] = self.meter.state_dict()
+        scaler = self.accelerator.scaler
+        return Checkpoint(step, tensors, {"scaler": scaler.state_dict() if scaler is not None else None})
+
+    def _save(self, step: int) -> None:
+        self.meter.check(self.accelerator)
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.paths.checkpoints, self._snapshot(step), self.settings.keep_last)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self) -> int:
+        """Take the newest good checkpoint; return the number of steps done."""
+        found = load_newest(self.paths.checkpoints)
+        if found is None:
+            return 0
+        for name, module in self.plain.items():
+            module.load_state_dict(found.tensors[f"weights-{name}"])
+        for name, ema in self.ema.items():
+            ema.load_state_dict(found.tensors[f"ema-{name}"])
+        for name, optimizer in self.optimizers.items():
+            optim.unflatten(optimizer.optimizer, found.tensors[f"optimizer-{name}"])
+        self.meter.load_state_dict(found.tensors["meter"], self.accelerator.device)
+        if self.accelerator.scaler is not None and found.data["scaler"]:
+            self.accelerator.scaler.load_state_dict(found.data["scaler"])
+        logger.info("%s: continuing after step %d of %d", self.task.name, found.step, self.settings.steps)
+        return found.step

@@ -1,0 +1,51 @@
+"""What the loop knows of a task: modules, phases, losses. Nothing of pictures or captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from latentgen.core.rand import Draw
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimizer of a step.
+
+    Args:
+        name: passed to `Task.losses`, and names the optimizer in checkpoints.
+        trains: names of the modules whose parameters it updates.
+        start: first step at which the phase runs (an adversarial phase starts late).
+    """
+
+    name: str
+    trains: tuple[str, ...]
+    start: int = 0
+
+
+class Task(Protocol):
+    """What can be trained. A task has no loop of its own.
+
+    `modules` holds every trained network by name; the loop replaces each by its distributed wrapper, so `losses` must
+    call them through this mapping and by `forward`. `averaged` names the modules of which an EMA is kept.
+    """
+
+    name: str
+    modules: dict[str, nn.Module]
+    averaged: tuple[str, ...]
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of a step, in order."""
+        ...
+
+    def losses(self, phase: str, batch: Any, draw: Draw) -> dict[str, Tensor]:
+        """Scalars of one micro-batch; "loss" is minimised, the rest are logged. Means over the batch."""
+        ...
+
+    def preview(self, averaged: Mapping[str, nn.Module], step: int, folder: Path) -> dict[str, float]:
+        """Draw pictures into `folder` with the averaged modules; return measurements to log."""
+        ...

@@ -1,0 +1,106 @@
+"""Devices, precision and processes, through accelerate; and the refusal to train in another world than the one asked for.
+
+accelerate 1.15 starts ONE process for `accelerate launch --cpu --num_processes 2` and says nothing; and two torchrun
+ranks on a machine without a GPU each believe to be alone unless `cpu=True` is passed. Both would train wrong silently.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+from accelerate import Accelerator
+
+from latentgen.core.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+TWO_CPU = "accelerate launch --config_file configs/accelerate/two-cpu.yaml train.py"
+
+
+def launcher_command() -> list[str]:
+    """Command line of the `accelerate launch` above this process, or []."""
+    for parent in psutil.Process().parents()[:3]:
+        try:
+            words = parent.cmdline()
+        except (psutil.AccessDenied, psutil.NoSuchProcess):
+            continue
+        if "launch" in words and any(Path(word).name in ("accelerate", "accelerate-launch") for word in words):
+            return words
+        if any(Path(word).name == "accelerate-launch" for word in words):
+            return words
+    return []
+
+
+def processes_asked(launcher: Sequence[str], environment: Mapping[str, str]) -> int | None:
+    """How many processes the launcher was asked for, or None when it did not say.
+
+    Args:
+        launcher: the launcher's command line, [] without one.
+        environment: the process's environment (torchrun sets WORLD_SIZE).
+    """
+    if "WORLD_SIZE" in environment:
+        return int(environment["WORLD_SIZE"])
+    config = None
+    for position, word in enumerate(launcher):
+        name, _, value = word.partition("=")
+        value = value or (launcher[position + 1] if position + 1 < len(launcher) else "")
+        name = name.replace("-", "_")
+        if name in ("__num_processes",) and value.isdigit():
+            return int(value)
+        if name == "__config_file":
+            config = Path(value)
+    if config is not None and config.is_file():
+        found = (yaml.safe_load(config.read_text()) or {}).get("num_processes")
+        return int(found) if found is not None else None
+    return None
+
+
+def check_world(found: int, launcher: Sequence[str], environment: Mapping[str, str], wanted: int | None) -> None:
+    """Raise `UserError` when the number of processes found is not the number asked for."""
+    asked = processes_asked(launcher, environment)
+    for number, by in ((asked, "the launcher was asked for"), (wanted, "the recipe (train.processes) asks for")):
+        if number is not None and number != found:
+            raise UserError(
+                f"{by} {number} process{'es' if number > 1 else ''}, {found} found: nothing was trained; "
+                f"for two CPU processes use `{TWO_CPU}`"
+            )
+
+
+def check_precision(precision: str, environment: Mapping[str, str]) -> None:
+    """Raise `UserError` when the launcher's mixed precision contradicts the recipe's."""
+    launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != "no" and launched != precision:
+        raise UserError(
+            f"train.precision is {precision} but the launcher says --mixed_precision {launched}; make them agree"
+        )
+
+
+def make_accelerator(precision: str, processes: int | None = None, device: str | None = None) -> Accelerator:
+    """The accelerator of this process.
+
+    Args:
+        precision: "fp32", "bf16" or "fp16".
+        processes: refuse to go on unless exactly so many processes are found.
+        device: "cpu" forces the CPU; None takes a GPU when there is one.
+
+    Raises:
+        UserError: the world or the precision found is not the one asked for.
+    """
+    launcher = launcher_command()
+    check_precision(precision, os.environ)
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    if cpu and precision == "fp16":
+        raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
+    accelerator = Accelerator(cpu=cpu, mixed_precision={"fp32": "no"}.get(precision, precision))
+    check_world(accelerator.num_processes, launcher, os.environ, processes)
+    if cpu and (launcher or "WORLD_SIZE" in os.environ):
+        # Launchers set OMP_NUM_THREADS=1 for every process; give each its share of the cores instead.
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    return accelerator

@@ -1,0 +1,314 @@
+"""The model folder: the diffusers layout, written complete or not at all, and read with plain words for what is wrong.
+
+* model_index.json: which class each part is; StableDiffusionPipeline opens the folder
+* unet/, vae/, text_encoder/: config.json and safetensors
+* tokenizer/: tokenizer.json, tokenizer_config.json
+* scheduler/: scheduler_config.json, what the U-Net predicts and the noise table
+* latentgen.json: what trained it (ours; other tools ignore it)
+* clip/: both contrastive towers, where they were trained here (ours)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from latentgen import __version__
+from latentgen.core.errors import UserError
+from latentgen.core.files import write_folder, write_json
+from latentgen.diffusion.parameterization import NoiseTable, Parameterization, make
+from latentgen.formats.folder_check import check_folder, read_json
+
+if TYPE_CHECKING:
+    from latentgen.models.clip import Clip
+
+INDEX, METADATA, SCHEDULER = "model_index.json", "latentgen.json", "scheduler/scheduler_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Everything that turns text into pictures.
+
+    Attributes:
+        vae: between pictures and latents.
+        text_encoder: token ids to context.
+        tokenizer: text to token ids.
+        unet: the denoising network.
+        prediction: what the U-Net predicts: "eps", "v", "x0" or "flow".
+        schedule: plain data. For eps, v and x0 the fields of `NoiseTable`; for flow `{"shift": s}`, the shift that
+            other tools apply when they sample.
+        metadata: JSON values; kept in latentgen.json.
+    """
+
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    unet: UNet2DConditionModel
+    prediction: str
+    schedule: Mapping[str, Any]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def parameterization(self) -> Parameterization:
+        """What `prediction` and `schedule` mean.
+
+        Raises:
+            UserError: an unknown prediction or noise table.
+        """
+        if self.prediction == "flow":
+            return make("flow")
+        return make(self.prediction, _table(self.schedule))
+
+
+def _table(schedule: Mapping[str, Any]) -> NoiseTable:
+    try:
+        return NoiseTable(**schedule)
+    except TypeError as error:
+        raise UserError(f"noise schedule {dict(schedule)} is not one of betas: {error}") from error
+
+
+def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None, *, clip: Clip | None = None) -> None:
+    """Write a model folder, complete or not at all; an older model folder of that name is replaced.
+
+    Args:
+        model: left unchanged.
+        folder: where; parents are made.
+        dtype: of the stored weights; None stores each network as it is.
+        clip: both contrastive towers, stored in `clip/`.
+
+    Raises:
+        UserError: `folder` exists and holds something else, or other tools know no such prediction.
+    """
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file()):
+        raise UserError(f"{folder} exists and is not a model folder: it is left as it is; choose another name")
+    scheduler = scheduler_config(model.prediction, model.schedule)
+
+    def fill(target: Path) -> None:
+        with quiet_libraries():
+            for name, network in (("unet", model.unet), ("vae", model.vae), ("text_encoder", model.text_encoder)):
+                _cast(network, dtype).save_pretrained(target / name, safe_serialization=True)
+            model.tokenizer.save_pretrained(target / "tokenizer")
+        write_json(target / SCHEDULER, scheduler)
+        write_json(target / METADATA, {"latentgen": __version__, "metadata": dict(model.metadata)})
+        if clip is not None:
+            from latentgen.models.clip import save_clip
+
+            save_clip(clip, target / "clip")
+        write_json(target / INDEX, _index(scheduler["_class_name"]))
+
+    write_folder(folder, fill)
+
+
+def _cast(network: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None or all(p.dtype == dtype for p in network.parameters()):
+        return network
+    return copy.deepcopy(network).to(dtype)
+
+
+def _index(scheduler: str) -> dict[str, Any]:
+    from diffusers import __version__ as diffusers_version
+
+    absent = [None, None]
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers_version,
+        "feature_extractor": absent,
+        "image_encoder": absent,
+        "requires_safety_checker": False,
+        "safety_checker": absent,
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def scheduler_config(prediction: str, schedule: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler that other tools sample with, as the content of scheduler_config.json.
+
+    eps, v and x0 become EulerDiscreteScheduler with the same noise table. flow becomes DPMSolverMultistepScheduler with
+    flow sigmas, because StableDiffusionPipeline cannot drive FlowMatchEulerDiscreteScheduler. It rounds the
+    time down to a thousandth, which ours does not.
+
+    Raises:
+        UserError: other tools know no such prediction or table.
+    """
+    from diffusers import __version__ as diffusers_version
+
+    # steps_offset is not used by either with this spacing; the pipeline warns of any other value.
+    common = {"_diffusers_version": diffusers_version, "timestep_spacing": "trailing", "steps_offset": 1}
+    if prediction == "flow":
+        return {
+            "_class_name": "DPMSolverMultistepScheduler",
+            **common,
+            "num_train_timesteps": 1000,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": float(schedule.get("shift", 1.0)),
+            "algorithm_type": "dpmsolver++",
+            "solver_order": 2,
+            "solver_type": "midpoint",
+            "final_sigmas_type": "zero",
+        }
+    if prediction not in PREDICTION_TYPES:
+        known = ", ".join([*PREDICTION_TYPES, "flow"])
+        raise UserError(f'a model folder cannot say that the U-Net predicts "{prediction}"; it can say {known}')
+    table = _table(schedule)
+    return {
+        "_class_name": "EulerDiscreteScheduler",
+        **common,
+        "num_train_timesteps": table.num_timesteps,
+        "beta_schedule": "squaredcos_cap_v2" if table.kind == "cosine" else table.kind,
+        "beta_start": table.beta_start,
+        "beta_end": table.beta_end,
+        "rescale_betas_zero_snr": table.zero_terminal_snr,
+        "prediction_type": PREDICTION_TYPES[prediction],
+        "interpolation_type": "linear",
+    }
+
+
+def read_schedule(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    """What the U-Net predicts and the noise schedule, from any diffusers scheduler's configuration.
+
+    Absent entries mean what they mean to diffusers: eps, 1000 linear betas from 0.0001 to 0.02.
+
+    Args:
+        config: the content of scheduler_config.json.
+        where: its path, for messages.
+
+    Raises:
+        UserError: it describes no process that we know.
+    """
+    name = str(config.get("_class_name", ""))
+    if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
+        return "flow", {"shift": float(config.get("flow_shift", config.get("shift", 1.0)))}
+    if name.startswith("EDM"):
+        raise UserError(f"{where}: {name} is not supported; models of Stable Diffusion's kind and flow models are")
+    if config.get("trained_betas") is not None:
+        raise UserError(f"{where}: a table of trained betas is not supported; linear, scaled_linear and cosine are")
+    kind = config.get("beta_schedule", "linear")
+    if kind not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+        raise UserError(f'{where}: beta_schedule "{kind}" is not supported; linear, scaled_linear and cosine are')
+    predicted = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in predicted:
+        raise UserError(f'{where}: prediction_type "{prediction_type}" is not one of {", ".join(predicted)}')
+    table = NoiseTable(
+        kind="cosine" if kind == "squaredcos_cap_v2" else kind,
+        num_timesteps=int(config.get("num_train_timesteps", 1000)),
+        beta_start=float(config.get("beta_start", 0.0001)),
+        beta_end=float(config.get("beta_end", 0.02)),
+        zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)),
+    )
+    return predicted[prediction_type], asdict(table)
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """Read a model folder, ours or one that diffusers wrote; nothing is downloaded and nothing is unpickled.
+
+    Networks come in evaluation mode.
+
+    Args:
+        folder: holds model_index.json.
+        device: where the networks go.
+        dtype: of their weights.
+
+    Raises:
+        UserError: the folder is missing, is something else, is half-copied, or its parts do not fit together.
+    """
+    folder = Path(folder)
+    variants = check_folder(folder)
+    where = str(folder / SCHEDULER)
+    prediction, schedule = read_schedule(read_json(folder / SCHEDULER), where)
+    with quiet_libraries():
+        model = Model(
+            unet=_load(UNet2DConditionModel, folder / "unet", variants["unet"], torch_dtype=dtype).to(device),
+            vae=_load(AutoencoderKL, folder / "vae", variants["vae"], torch_dtype=dtype).to(device),
+            text_encoder=_load(CLIPTextModel, folder / "text_encoder", variants["text_encoder"], dtype=dtype).to(
+                device
+            ),
+            tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+            prediction=prediction,
+            schedule=schedule,
+            metadata=_metadata(folder),
+        )
+    _require_fit(model, folder)
+    return model
+
+
+def _load(kind: Any, folder: Path, variant: str | None, **dtype: torch.dtype) -> Any:
+    try:
+        network, report = kind.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, variant=variant, output_loading_info=True, **dtype
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        first = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: weights and config.json do not make a {kind.__name__}: {first}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
+    assert isinstance(network, nn.Module)
+    return network.eval()
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    if not (folder / METADATA).is_file():
+        return {}
+    content = read_json(folder / METADATA).get("metadata", {})
+    return content if isinstance(content, dict) else {}
+
+
+def _require_fit(model: Model, folder: Path) -> None:
+    """Raise UserError where parts of different models were put together."""
+    unet, text, vae = model.unet.config, model.text_encoder.config, model.vae.config
+    context = unet["cross_attention_dim"]
+    if isinstance(context, int) and context != text.hidden_size:
+        raise UserError(
+            f"{folder}: the U-Net reads text states of width {context}, the text encoder makes {text.hidden_size}"
+        )
+    if unet["out_channels"] != vae["latent_channels"]:
+        raise UserError(
+            f"{folder}: the U-Net has {unet['out_channels']} latent channels, the autoencoder {vae['latent_channels']}"
+        )
+    if len(model.tokenizer) > text.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {len(model.tokenizer)} tokens, the text encoder knows {text.vocab_size}"
+        )
+    if model.tokenizer.model_max_length > text.max_position_embeddings:
+        raise UserError(
+            f"{folder}: captions of {model.tokenizer.model_max_length} tokens, the text encoder takes "
+            f"{text.max_position_embeddings}; set model_max_length in tokenizer/tokenizer_config.json"
+        )
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No progress bars and no advice from diffusers and transformers inside the block; errors still show."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bar) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
+
+
+PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}

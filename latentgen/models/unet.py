@@ -1,0 +1,154 @@
+"""The denoising U-Net: a diffusers UNet2DConditionModel in the layout of Stable Diffusion (arXiv 2112.10752)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from latentgen.core.errors import UserError
+
+
+def build_unet(
+    *,
+    latent_size: int,
+    latent_channels: int,
+    channels: tuple[int, ...],
+    layers_per_block: int,
+    attention: tuple[bool, ...],
+    context_dim: int,
+    heads: int | tuple[int, ...] | None = None,
+    head_dim: int | None = None,
+    transformer_layers: int = 1,
+    norm_groups: int = 32,
+    dropout: float = 0.0,
+) -> UNet2DConditionModel:
+    """Build a text-conditioned U-Net with random weights.
+
+    Its forward takes the noisy latents [b, c, h, w], the time [b] and the text context [b, t, context_dim], and
+    gives [b, c, h, w]. The middle block always attends, with the head count of the last level.
+
+    Args:
+        latent_size: side of the training latents; other sizes work too.
+        latent_channels: channels c of the latents.
+        channels: width of each level, finest first; every level but the last halves the side.
+        layers_per_block: residual blocks per level on the way down; one more on the way up.
+        attention: for each level, whether its blocks attend to themselves and to the text.
+        context_dim: width of the text encoder's hidden states.
+        heads: number of attention heads, one for all levels or one per level.
+        head_dim: width of one head; the number of heads is then `channels / head_dim`. Give this or `heads`.
+        transformer_layers: transformer layers in each attention block.
+        norm_groups: groups of each group normalisation; must divide every width.
+        dropout: probability in [0, 1), in residual and transformer blocks.
+
+    Raises:
+        UserError: the numbers do not fit together.
+    """
+    channels, attention = tuple(channels), tuple(attention)
+    if not channels or len(attention) != len(channels):
+        raise UserError(
+            f"unet: attention has {len(attention)} entries for {len(channels)} levels; give one true or false per level"
+        )
+    if layers_per_block < 1 or transformer_layers < 1:
+        raise UserError(
+            f"unet: layers_per_block {layers_per_block} and transformer_layers {transformer_layers} must be 1 or more"
+        )
+    if not 0.0 <= dropout < 1.0:
+        raise UserError(f"unet: dropout {dropout} is outside [0, 1)")
+    indivisible = [width for width in channels if norm_groups < 1 or width % norm_groups]
+    if indivisible:
+        raise UserError(f"unet: norm_groups {norm_groups} does not divide the channels {indivisible}")
+    halvings = 2 ** (len(channels) - 1)
+    if latent_size < halvings or latent_size % halvings:
+        raise UserError(
+            f"unet: latent_size {latent_size} is not a multiple of {halvings}, the halvings of {len(channels)} levels"
+        )
+    head_counts: Any = _heads_per_level(channels, heads, head_dim)  # the library's annotation admits one level only
+    return UNet2DConditionModel(
+        sample_size=latent_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attention)),
+        block_out_channels=channels,
+        layers_per_block=layers_per_block,
+        cross_attention_dim=context_dim,
+        # The name is historical: this field holds the number of heads, not their width.
+        attention_head_dim=head_counts,
+        transformer_layers_per_block=transformer_layers,
+        norm_num_groups=norm_groups,
+        dropout=dropout,
+    )
+
+
+def _heads_per_level(
+    channels: tuple[int, ...], heads: int | tuple[int, ...] | None, head_dim: int | None
+) -> tuple[int, ...]:
+    if (heads is None) == (head_dim is None):
+        raise UserError(f"unet: give heads or head_dim, not both and not neither (heads {heads}, head_dim {head_dim})")
+    if head_dim is not None:
+        wrong = [width for width in channels if head_dim < 1 or width % head_dim]
+        if wrong:
+            raise UserError(f"unet: head_dim {head_dim} does not divide the channels {wrong}")
+        return tuple(width // head_dim for width in channels)
+    assert heads is not None
+    counts = (heads,) * len(channels) if isinstance(heads, int) else tuple(heads)
+    if len(counts) != len(channels):
+        raise UserError(
+            f"unet: heads has {len(counts)} entries for {len(channels)} levels; give one number or one each"
+        )
+    wrong = [(width, count) for width, count in zip(channels, counts, strict=True) if count < 1 or width % count]
+    if wrong:
+        raise UserError("unet: " + "; ".join(f"{count} heads do not divide {width} channels" for width, count in wrong))
+    return counts
+
+
+def count_parameters(module: nn.Module, *, trainable_only: bool = False) -> int:
+    """Number of parameters; shared ones count once."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)
+
+
+@contextmanager
+def attention_kernel(
+    kind: str = "auto",
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    training: bool = False,
+) -> Iterator[None]:
+    """Choose the kernel of scaled dot-product attention inside the block.
+
+    Args:
+        kind: "auto", "math", "flash", "efficient" or "cudnn". A named kernel is used or the forward fails.
+        device: where the network runs; read by "auto" only.
+        dtype: what attention computes in (under autocast, autocast's dtype); read by "auto" only.
+        training: whether a backward pass follows; read by "auto" only.
+
+    Raises:
+        UserError: no kernel of that name.
+    """
+    # Measured on one Zen 4 core with U-Nets of 7 to 9 M parameters at 16x16, batch 16, forward and backward, math:flash
+    # in ms: float32 530:450, 266:260, 900:771; bfloat16 autocast 367:382, 166:208, 440:497. The CPU flash backward has a high
+    # fixed cost in bfloat16 (14 ms against 4 ms at 64 queries, 32 keys). Elsewhere PyTorch's own choice stands.
+    if kind == "auto":
+        if not (training and torch.device(device).type == "cpu" and dtype == torch.bfloat16):
+            yield
+            return
+        kind = "math"
+    if kind not in KERNELS:
+        raise UserError(f'attention kernel "{kind}" is unknown; use auto, {", ".join(KERNELS)}')
+    with sdpa_kernel(KERNELS[kind]):
+        yield
+
+
+KERNELS = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}

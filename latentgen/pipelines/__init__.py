@@ -1,0 +1,1 @@
+"""Floor 3: from a request to a picture."""

@@ -1,0 +1,221 @@
+"""From the recipe's plain values to sources, networks and objectives: the one place that knows both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from latentgen.core.errors import UserError
+from latentgen.core.rand import seed_of
+from latentgen.data.loader import Cut
+from latentgen.data.sources.base import Source
+from latentgen.data.sources.folder import FolderSource
+from latentgen.data.sources.shapes import ShapesSource
+from latentgen.diffusion import lookup
+from latentgen.diffusion.losses import WEIGHTS
+from latentgen.diffusion.noise_levels import DENSITIES
+from latentgen.engine.settings import LoopSettings
+from latentgen.formats.model_folder import Model, load_model
+from latentgen.models.autoencoder import build_autoencoder, initialise
+from latentgen.models.clip import Clip, ClipShape, build_clip
+from latentgen.models.unet import build_unet
+from latentgen.pipelines.generate import Request
+from latentgen.recipe.schema import Recipe
+from latentgen.tasks.diffusion import Objective
+from latentgen.tasks.vae import VaeLosses
+
+
+def source(recipe: Recipe) -> Source:
+    """The training examples.
+
+    Raises:
+        UserError: the folder is missing, empty or without captions.
+    """
+    data = recipe.data
+    if data.source == "shapes":
+        return ShapesSource(seed=recipe.seed, size=data.size, split=data.split or "train", resolution=data.resolution)
+    assert data.path is not None
+    return FolderSource(path=data.path, split=data.split, resolution=data.resolution, crop=data.crop)
+
+
+def held_out(recipe: Recipe) -> Source:
+    """Examples that training does not see: other shapes, the folder's `validation`, or the training ones if it has none."""
+    data = recipe.data
+    if data.source == "shapes":
+        seed = seed_of(recipe.seed, "held-out") % 2**31
+        return ShapesSource(seed=seed, size=data.holdout, split="train", resolution=data.resolution)
+    assert data.path is not None
+    beside = Path(data.path) / "validation"
+    path = data.validation or (str(beside) if beside.is_dir() else data.path)
+    return FolderSource(path=path, resolution=data.resolution, crop=data.crop)
+
+
+def seeded(recipe: Recipe, stage: str) -> None:
+    """Make the next network's random weights a function of the seed and the stage alone."""
+    torch.manual_seed(seed_of(recipe.seed, stage, "init"))
+
+
+def new_vae(recipe: Recipe) -> AutoencoderKL:
+    """The autoencoder the recipe describes, with random weights."""
+    a = recipe.autoencoder
+    seeded(recipe, "vae")
+    vae = build_autoencoder(
+        resolution=recipe.data.resolution,
+        latent_channels=a.latent_channels,
+        channels=a.channels,
+        layers_per_block=a.layers_per_block,
+        norm_groups=a.norm_groups,
+        mid_attention=a.mid_attention,
+    )
+    initialise(vae, a.initialise)
+    return vae
+
+
+def vae_losses(recipe: Recipe) -> VaeLosses:
+    """The terms of the autoencoder's loss."""
+    a = recipe.autoencoder
+    return VaeLosses(
+        pixel=a.loss,
+        kl=a.kl_weight,
+        perceptual=a.perceptual_weight,
+        perceptual_weights=a.perceptual_weights,
+        critic=a.critic_weight,
+        critic_start=a.critic_start,
+        critic_channels=a.critic_channels,
+    )
+
+
+def new_clip(recipe: Recipe, tokenizer: CLIPTokenizer) -> Clip:
+    """The two towers the recipe describes, with random weights."""
+    t = recipe.text_encoder
+    seeded(recipe, "clip")
+    assert isinstance(tokenizer.eos_token_id, int)
+    return build_clip(
+        ClipShape(
+            image_size=recipe.data.resolution,
+            patch_size=t.image.patch,
+            vision_width=t.image.width,
+            vision_layers=t.image.layers,
+            vision_heads=t.image.heads,
+            text_width=t.width,
+            text_layers=t.layers,
+            text_heads=t.heads,
+            context_length=t.context_length,
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            embed_dim=t.embed_dim,
+        )
+    )
+
+
+def new_unet(recipe: Recipe, vae: AutoencoderKL, context_dim: int) -> UNet2DConditionModel:
+    """The denoising network the recipe describes, with random weights."""
+    u = recipe.unet
+    seeded(recipe, "unet")
+    times = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    if recipe.data.resolution % times:
+        raise UserError(f"data.resolution: {recipe.data.resolution} is not a multiple of {times}, the VAE's reduction")
+    return build_unet(
+        latent_size=recipe.data.resolution // times,
+        latent_channels=vae.config["latent_channels"],
+        channels=u.channels,
+        layers_per_block=u.layers_per_block,
+        attention=u.attention,
+        heads=u.heads,
+        context_dim=context_dim,
+        transformer_layers=u.transformer_layers,
+        norm_groups=u.norm_groups,
+        dropout=u.dropout,
+    )
+
+
+def new_model(recipe: Recipe, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> Model:
+    """The whole model at the start of the U-Net stage: `unet.from`'s network and process, or new ones.
+
+    Raises:
+        UserError: `unet.from` does not fit the VAE or the text encoder, or predicts something else than asked.
+    """
+    d = recipe.diffusion
+    if recipe.unet.source is None:
+        prediction = d.target or "v"
+        table = {"kind": d.schedule, "beta_start": d.beta_start, "beta_end": d.beta_end}
+        schedule = {"shift": 1.0} if prediction == "flow" else table
+        unet = new_unet(recipe, vae, text_encoder.config.hidden_size)
+        return Model(
+            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, prediction=prediction, schedule=schedule
+        )
+    start = load_model(Path(recipe.unet.source))
+    if d.target is not None and d.target != start.prediction:
+        raise UserError(
+            f"diffusion.target: {d.target}, but the network of unet.from ({recipe.unet.source}) predicts "
+            f"{start.prediction}; leave diffusion.target out"
+        )
+    for part, wanted, found in (
+        ("autoencoder", start.unet.config["in_channels"], vae.config["latent_channels"]),
+        ("text_encoder", start.unet.config["cross_attention_dim"], text_encoder.config.hidden_size),
+    ):
+        if wanted != found:
+            raise UserError(f"{part}: unet.from expects width {wanted}, this one gives {found}; use `{part}.from` alike")
+    return Model(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=start.unet,
+        prediction=start.prediction,
+        schedule=start.schedule,
+    )
+
+
+def objective(recipe: Recipe, model: Model) -> Objective:
+    """Noise levels and loss weights."""
+    d = recipe.diffusion
+    density: Callable = lookup(DENSITIES, d.density, "density")
+    if d.density == "logit_normal":
+        density = partial(density, mean=d.density_mean, std=d.density_std)
+    weight: Callable = lookup(WEIGHTS, d.weight, "weight")
+    if d.weight == "min_snr":
+        weight = partial(weight, gamma=d.min_snr_gamma)
+    return Objective(model.parameterization(), density, weight)
+
+
+def previews(recipe: Recipe) -> list[Request]:
+    """The requests of a preview, `preview.num` of each prompt in a row."""
+    p, side = recipe.preview, recipe.data.resolution
+    return [
+        Request(
+            prompt,
+            negative_prompt=p.negative_prompt,
+            seed=p.seed + number,
+            num_inference_steps=p.num_inference_steps,
+            guidance_scale=p.guidance_scale,
+            sampler=p.sampler,
+            height=side,
+            width=side,
+        )
+        for prompt in p.prompts
+        for number in range(p.num)
+    ]
+
+
+def loop_settings(recipe: Recipe, stage: str) -> LoopSettings:
+    """How the loop trains a stage."""
+    train = recipe.stage_train(stage)
+    names = LoopSettings.__dataclass_fields__.keys() - {"preview_every"}
+    return LoopSettings(**{name: getattr(train, name) for name in names}, preview_every=recipe.preview.every)
+
+
+def cut(recipe: Recipe, stage: str, rank: int = 0, world: int = 1) -> Cut:
+    """How a stage's global batch is spread."""
+    train = recipe.stage_train(stage)
+    return Cut(train.global_batch, train.micro_batch, rank, world)
+
+
+def frozen(network: nn.Module) -> nn.Module:
+    """A network that is used and not trained."""
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,200 @@
+"""A recipe from start to end: VAE, CLIP, caches, U-Net, model folder. Each stage resumes, and is skipped when done."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from latentgen import __version__
+from latentgen.core.errors import UserError
+from latentgen.core.files import write_folder, write_text
+from latentgen.core.runfolder import RunFolder
+from latentgen.data.fetch import CachedBatches, PictureBatches, to_tensor
+from latentgen.data.loader import Loader
+from latentgen.data.sources.base import Source
+from latentgen.engine.loop import Loop
+from latentgen.engine.settings import StagePaths
+from latentgen.engine.task import Task
+from latentgen.engine.world import make_accelerator
+from latentgen.formats.model_folder import Model, load_model, quiet_libraries, save_model
+from latentgen.models.clip import Clip, load_clip
+from latentgen.models.text import train_tokenizer
+from latentgen.recipe import build
+from latentgen.recipe.load import dump_recipe, load_recipe
+from latentgen.recipe.schema import Recipe
+from latentgen.tasks.caching import Share, cache_latents, cache_text
+from latentgen.tasks.clip import ClipTask, finish_clip
+from latentgen.tasks.diffusion import DiffusionTask
+from latentgen.tasks.vae import VaeTask, finish_vae
+
+logger = logging.getLogger(__name__)
+
+FREE_KEYS = {
+    "preview", "train.log_every", "train.save_every", "train.keep_last", "train.micro_batch", "train.processes",
+    "autoencoder.train.micro_batch", "text_encoder.train.micro_batch", "data.workers", "data.cache",
+}  # fmt: skip
+"""What may change between two commands of one run: nothing that the weights depend on."""
+
+
+class Run:
+    """One recipe in one run folder.
+
+    Args:
+        recipe: what to do.
+        root: folder of all runs.
+        device: "cpu" forces the CPU.
+
+    Raises:
+        UserError: the folder belongs to another recipe, or the world is not the one asked for.
+    """
+
+    def __init__(self, recipe: Recipe, root: Path, device: str | None = None) -> None:
+        self.recipe, self.folder = recipe, RunFolder(root / recipe.name)
+        self.accelerator: Accelerator = make_accelerator(recipe.train.precision, recipe.train.processes, device)
+        self.source: Source = build.source(recipe)
+        self._claim()
+
+    def train(self) -> Path:
+        """Do every stage that is not done; return the model folder."""
+        if (self.folder.model / "model_index.json").is_file():
+            logger.info("%s is finished; choose another name= to train anew", self.folder.model)
+            return self.folder.model
+        vae = self._vae()
+        text_encoder, tokenizer, clip = self._text_encoder()
+        model = build.new_model(self.recipe, vae, text_encoder, tokenizer)
+        unet = self._unet(model)
+        if self.accelerator.is_main_process:
+            save_model(dataclasses.replace(model, unet=unet, metadata=self._metadata()), self.folder.model, clip=clip)
+        self.accelerator.wait_for_everyone()
+        logger.info("the model is in %s", self.folder.model)
+        return self.folder.model
+
+    def _claim(self) -> None:
+        """Write the recipe down, or make sure that the folder was made by the same one."""
+        if self.folder.recipe.is_file():
+            before, now = _flat(load_recipe(self.folder.recipe).model_dump()), _flat(self.recipe.model_dump())
+            for key in sorted(before.keys() | now.keys()):
+                if before.get(key) != now.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE_KEYS):
+                    raise UserError(
+                        f"{self.folder.path} was made by another recipe ({key}: {before.get(key)} there, {now.get(key)} now); "
+                        "choose another name=, or remove that folder"
+                    )
+        if self.accelerator.is_main_process:
+            libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "accelerate"))
+            head = f"# latentgen {__version__}, Python {platform.python_version()}, {libraries}\n"
+            write_text(self.folder.recipe, head + dump_recipe(self.recipe))
+        self.accelerator.wait_for_everyone()
+
+    def _metadata(self) -> dict[str, Any]:
+        return {"recipe": self.recipe.model_dump(mode="json", by_alias=True), "data": self.source.key()}
+
+    def _stage(self, task: Task, fetch: Callable[..., Any], finish: Callable[[Loop], None]) -> None:
+        """Train one task to its end, then let `finish` write the stage's result; nothing when it is there."""
+        train = self.recipe.stage_train(task.name)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        loader = Loader(
+            fetch,
+            len(self.source),
+            self.recipe.seed,
+            task.name,
+            build.cut(self.recipe, task.name, rank, world),
+            train.steps,
+            self.recipe.data.workers,
+        )
+        folder = self.folder
+        paths = StagePaths(folder.checkpoints(task.name), folder.samples(task.name), folder.metrics, folder.tensorboard)
+        loop = Loop(task, loader, build.loop_settings(self.recipe, task.name), self.accelerator, paths)
+        loop.run()
+        if self.accelerator.is_main_process:
+            finish(loop)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.free_memory()
+
+    def _vae(self) -> AutoencoderKL:
+        if self.recipe.autoencoder.source is not None:
+            return self._frozen(load_model(Path(self.recipe.autoencoder.source)).vae)
+        result = self.folder.result("vae")
+        if not result.is_dir():
+            held_out = build.held_out(self.recipe)
+            pictures = to_tensor([held_out.image(i) for i in range(min(len(held_out), self.recipe.data.holdout))])
+            task = VaeTask(build.new_vae(self.recipe), build.vae_losses(self.recipe), pictures)
+            fetch = PictureBatches(self.source, self.recipe.data.flip, self.recipe.autoencoder.patch, captions=0)
+            self._stage(
+                task, fetch, lambda loop: finish_vae(loop.averaged["vae"], self.source, self.recipe.seed, result)
+            )
+        with quiet_libraries():
+            vae = AutoencoderKL.from_pretrained(result)
+        assert isinstance(vae, AutoencoderKL)
+        return self._frozen(vae)
+
+    def _text_encoder(self) -> tuple[CLIPTextModel, CLIPTokenizer, Clip | None]:
+        if self.recipe.text_encoder.source is not None:
+            folder = Path(self.recipe.text_encoder.source)
+            model = load_model(folder)
+            clip = load_clip(folder / "clip") if (folder / "clip").is_dir() else None
+            return self._frozen(model.text_encoder), model.tokenizer, clip
+        result, t = self.folder.result("clip"), self.recipe.text_encoder
+        if not result.is_dir():
+            limit = self.recipe.data.captions
+            captions = (caption for i in range(len(self.source)) for caption in self.source.captions(i)[:limit])
+            tokenizer = train_tokenizer(captions, t.vocab_size, t.context_length)
+            held_out = build.held_out(self.recipe)
+            numbers = range(min(len(held_out), self.recipe.data.holdout))
+            pairs = to_tensor([held_out.image(i) for i in numbers]), [held_out.captions(i)[0] for i in numbers]
+            task = ClipTask(build.new_clip(self.recipe, tokenizer), tokenizer, pairs)
+            fetch = PictureBatches(self.source, self.recipe.data.flip, captions=limit)
+            self._stage(task, fetch, lambda loop: finish_clip(loop.averaged["clip"], tokenizer, result))
+        with quiet_libraries():
+            text_encoder = CLIPTextModel.from_pretrained(result / "text_encoder")
+            tokenizer = CLIPTokenizer.from_pretrained(result / "tokenizer")
+        return self._frozen(text_encoder), tokenizer, load_clip(result / "clip")
+
+    def _unet(self, model: Model) -> UNet2DConditionModel:
+        result, recipe = self.folder.result("unet"), self.recipe
+        if not result.is_dir():
+            share = Share(self.accelerator.process_index, self.accelerator.num_processes)
+            cache, data = Path(recipe.data.cache), recipe.data
+            moments = cache_latents(model, self.source, cache, flip=data.flip, share=share)
+            states, rows = cache_text(model, self.source, cache, captions=data.captions, share=share)
+            fetch = CachedBatches(moments, states, rows, recipe.diffusion.caption_dropout)
+            task = DiffusionTask(
+                model, build.objective(recipe, model), build.previews(recipe), recipe.preview.num, recipe.unet.attention_kernel
+            )
+            self._stage(task, fetch, lambda loop: _finish_unet(loop.averaged["unet"], result))
+        with quiet_libraries():
+            unet = UNet2DConditionModel.from_pretrained(result)
+        assert isinstance(unet, UNet2DConditionModel)
+        return unet
+
+    def _frozen(self, network: Any) -> Any:
+        return network.eval().requires_grad_(False).to(self.accelerator.device)
+
+
+def _finish_unet(averaged: nn.Module, folder: Path) -> None:
+    assert isinstance(averaged, UNet2DConditionModel)
+    write_folder(folder, lambda aside: copy.deepcopy(averaged).save_pretrained(aside))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def train_recipe(recipe: Recipe, root: Path, device: str | None = None) -> Path:
+    """Train a recipe, or go on with it; returns the model folder. See `Run` for what it raises."""
+    torch.backends.cudnn.benchmark = True
+    return Run(recipe, root, device).train()

@@ -1,0 +1,73 @@
+"""Training CLIP: two towers learn which caption belongs to which picture; the text tower then conditions the U-Net."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from latentgen.core.files import write_folder
+from latentgen.core.rand import Draw
+from latentgen.engine.task import Phase
+from latentgen.models.clip import Clip, ClipForTraining, contrastive_loss, save_clip, to_transformers
+from latentgen.models.text import tokenize
+
+
+class ClipTask:
+    """Contrastive training (arXiv 2103.00020).
+
+    Args:
+        clip: the two towers.
+        tokenizer: of the text tower.
+        held_out: pictures `[n, 3, h, w]` in [-1, 1] and their n captions, on which retrieval is measured.
+    """
+
+    name = "clip"
+
+    def __init__(self, clip: Clip, tokenizer: CLIPTokenizer, held_out: tuple[Tensor, list[str]]) -> None:
+        self.tokenizer, self.held_out = tokenizer, held_out
+        self.modules: dict[str, nn.Module] = {"clip": ClipForTraining(clip)}
+        self.averaged = ("clip",)
+        self._device_of = clip.logit_scale
+
+    def phases(self) -> tuple[Phase, ...]:
+        """One optimizer for both towers."""
+        return (Phase("clip", ("clip",)),)
+
+    def losses(self, phase: str, batch: Any, draw: Draw) -> dict[str, Tensor]:
+        """`loss` over the pairs of the whole global batch, and the share of pictures matched to their own caption."""
+        image, text, scale = self._features(self.modules["clip"], batch["image"], batch["caption"])
+        accuracy = ((scale * image @ text.T).argmax(dim=1) == torch.arange(len(image), device=image.device)).float()
+        return {"loss": contrastive_loss(image, text, scale), "accuracy": accuracy.mean()}
+
+    def _features(self, clip: nn.Module, image: Tensor, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        device = self._device_of.device
+        features = clip(image.to(device), tokenize(self.tokenizer, captions).to(device))
+        return features.image, features.text, features.logit_scale
+
+    @torch.no_grad()
+    def preview(self, averaged: Mapping[str, nn.Module], step: int, folder: Path) -> dict[str, float]:
+        """Share of held-out pictures whose own caption ranks first among all held-out captions."""
+        image, text, _ = self._features(averaged["clip"], *self.held_out)
+        best = (image @ text.T).argmax(dim=1)
+        captions = self.held_out[1]
+        right = [captions[int(found)] == caption for found, caption in zip(best, captions, strict=True)]
+        return {"retrieval": sum(right) / len(right)}
+
+
+def finish_clip(averaged: nn.Module, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write the text tower as transformers knows it, the tokenizer, and both towers as they are."""
+    assert isinstance(averaged, ClipForTraining)
+    assert tokenizer.bos_token_id is not None and tokenizer.pad_token_id is not None
+    text = to_transformers(averaged.clip, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
+
+    def fill(aside: Path) -> None:
+        text.save_pretrained(aside / "text_encoder")
+        tokenizer.save_pretrained(aside / "tokenizer")
+        save_clip(averaged.clip, aside / "clip")
+
+    write_folder(folder, fill)

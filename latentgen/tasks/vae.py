@@ -1,0 +1,151 @@
+"""Training the autoencoder: reconstruction + KL, then optionally a perceptual and an adversarial loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from latentgen.core.files import write_folder, write_json
+from latentgen.core.rand import Draw
+from latentgen.data.fetch import to_tensor
+from latentgen.data.sources.base import Source
+from latentgen.engine.task import Phase
+from latentgen.models.autoencoder import (
+    AutoencoderForTraining,
+    Reconstruction,
+    encode_moments,
+    fold_whitening,
+    kl_divergence,
+    noise_shape,
+    sample_latents,
+)
+from latentgen.models.critics import (
+    PatchCritic,
+    Perceptual,
+    adaptive_weight,
+    hinge_critic_loss,
+    hinge_generator_loss,
+)
+from latentgen.models.quality import psnr, ssim
+from latentgen.pipelines.pictures import grid, save_png, to_pictures
+
+
+@dataclass(frozen=True)
+class VaeLosses:
+    """Weights of the terms of the loss (arXiv 2112.10752, appendix G). Zero leaves a term out."""
+
+    pixel: str = "l1"
+    kl: float = 1e-6
+    perceptual: float = 0.0
+    perceptual_weights: str | None = None
+    critic: float = 0.0
+    critic_start: int = 0
+    critic_channels: int = 32
+
+
+class VaeTask:
+    """Teach an AutoencoderKL to compress the data.
+
+    Args:
+        vae: the network.
+        held_out: pictures `[n, 3, h, w]` in [-1, 1] on which PSNR and SSIM are measured.
+    """
+
+    name = "vae"
+
+    def __init__(self, vae: AutoencoderKL, losses: VaeLosses, held_out: Tensor) -> None:
+        self.vae, self.weights, self.held_out = vae, losses, held_out
+        trained = AutoencoderForTraining(vae)
+        self.modules: dict[str, nn.Module] = {"vae": trained}
+        self.averaged = ("vae",)
+        self._last_layer = trained.last_layer
+        if losses.critic > 0:
+            self.modules["critic"] = PatchCritic(losses.critic_channels)
+        self._perceptual = Perceptual(losses.perceptual_weights or "imagenet") if losses.perceptual > 0 else None
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The autoencoder, and from `critic_start` on its critic."""
+        if self.weights.critic > 0:
+            return Phase("vae", ("vae",)), Phase("critic", ("critic",), start=self.weights.critic_start)
+        return (Phase("vae", ("vae",)),)
+
+    def losses(self, phase: str, batch: Any, draw: Draw) -> dict[str, Tensor]:
+        """Means over the batch: `loss`, and its parts `pixel`, `kl`, `perceptual`, `adversarial`."""
+        image = batch["image"].to(self._last_layer.device)
+        if phase == "critic":
+            with torch.no_grad():
+                fake = self._reconstruct(image, draw).reconstruction
+            critic = self.modules["critic"]
+            return {"loss": hinge_critic_loss(critic(image), critic(fake))}
+        out = self._reconstruct(image, draw)
+        error = out.reconstruction - image
+        pixel = error.abs().mean() if self.weights.pixel == "l1" else error.square().mean()
+        kl = kl_divergence(out.mean, out.logvar)
+        parts = {"pixel": pixel, "kl": kl}
+        reconstruction = pixel
+        if self._perceptual is not None:
+            parts["perceptual"] = self._perceptual.to(image.device)(out.reconstruction, image).mean()
+            reconstruction = reconstruction + self.weights.perceptual * parts["perceptual"]
+        loss = reconstruction + self.weights.kl * kl
+        if self.weights.critic > 0 and draw.step >= self.weights.critic_start:
+            parts["adversarial"] = hinge_generator_loss(self.modules["critic"](out.reconstruction))
+            balance = adaptive_weight(reconstruction, parts["adversarial"], self._last_layer)
+            loss = loss + self.weights.critic * balance * parts["adversarial"]
+        return {"loss": loss, **parts}
+
+    def _reconstruct(self, image: Tensor, draw: Draw) -> Reconstruction:
+        shape = noise_shape(self.vae, image)[1:]
+        return self.modules["vae"](image, draw.normal("posterior", shape).to(image.device))
+
+    @torch.no_grad()
+    def preview(self, averaged: Mapping[str, nn.Module], step: int, folder: Path) -> dict[str, float]:
+        """Held-out pictures above their reconstructions; PSNR in dB and SSIM over all of them."""
+        vae = averaged["vae"]
+        image = self.held_out.to(self._last_layer.device)
+        parts = [vae(x, torch.zeros(noise_shape(self.vae, x), device=x.device)) for x in image.split(16)]
+        again = torch.cat([part.reconstruction for part in parts]).clamp(-1, 1)
+        shown = min(8, len(image))
+        pictures = to_pictures(torch.cat([image[:shown], again[:shown]]))
+        save_png(grid(pictures, shown, ("held-out pictures", "reconstructed"), scale=2), folder / f"{step:08d}.png")
+        return {"psnr": float(psnr(image, again).mean()), "ssim": float(ssim(image, again).mean())}
+
+
+@torch.no_grad()
+def latent_statistics(vae: AutoencoderKL, source: Source, seed: int, pictures: int = 2048) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation `[c]` of the raw latents over (at most) the first `pictures` examples, in float64."""
+    count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    draws = torch.Generator().manual_seed(seed)
+    for at in range(0, min(pictures, len(source)), 32):
+        image = to_tensor([source.image(i) for i in range(at, min(at + 32, len(source), pictures))])
+        mean, std = encode_moments(vae, image.to(vae.device))
+        noise = torch.randn(mean.shape, generator=draws).to(mean.device)
+        z = sample_latents(mean, std, noise).double().cpu()
+        count += z.numel() // z.shape[1]
+        total = total + z.sum(dim=(0, 2, 3))
+        squares = squares + z.square().sum(dim=(0, 2, 3))
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp_min(0).sqrt()
+
+
+def finish_vae(averaged: nn.Module, source: Source, seed: int, folder: Path) -> None:
+    """Whiten the trained autoencoder on the data and write it, in diffusers' layout, to `folder`.
+
+    The measured mean and standard deviation are folded into its weights and kept in `latent_statistics.json`.
+    """
+    assert isinstance(averaged, AutoencoderForTraining)
+    vae = copy.deepcopy(averaged.vae).requires_grad_(True)
+    mean, std = latent_statistics(vae, source, seed)
+    fold_whitening(vae, mean, std)
+
+    def fill(aside: Path) -> None:
+        vae.save_pretrained(aside)
+        write_json(aside / "latent_statistics.json", {"mean": mean.tolist(), "std": std.tolist()})
+
+    write_folder(folder, fill)

@@ -1,0 +1,160 @@
+"""The contrastive towers: their loss over one and over two processes, and their files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import debug_launcher
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from latentgen.core.errors import UserError
+from latentgen.models.clip import (
+    Clip,
+    ClipForTraining,
+    ClipShape,
+    build_clip,
+    contrastive_loss,
+    load_clip,
+    save_clip,
+    similarity,
+)
+
+SHAPE = ClipShape(
+    image_size=8,
+    patch_size=4,
+    vision_width=16,
+    vision_layers=1,
+    vision_heads=2,
+    text_width=8,
+    text_layers=1,
+    text_heads=2,
+    context_length=6,
+    vocab_size=20,
+    eos_token_id=19,
+    embed_dim=8,
+)
+
+
+def towers() -> Clip:
+    torch.manual_seed(0)
+    return build_clip(SHAPE)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, 18, (8, 6), generator=generator)
+    ids[:, 4:] = 19
+    return torch.rand(8, 3, 8, 8, generator=generator) * 2 - 1, ids
+
+
+def test_features_have_length_one_and_the_scale_is_bounded() -> None:
+    model = ClipForTraining(towers())
+    out = model(*batch())
+    torch.testing.assert_close(out.image.norm(dim=1), torch.ones(8))
+    torch.testing.assert_close(out.text.norm(dim=1), torch.ones(8))
+    torch.testing.assert_close(out.logit_scale, torch.tensor(1 / 0.07))
+    with torch.no_grad():
+        model.clip.logit_scale.fill_(9.0)
+    assert model(*batch()).logit_scale.item() == pytest.approx(100.0, rel=1e-5)
+    assert model.clip.logit_scale.item() == pytest.approx(math.log(100.0))
+
+
+def test_loss_is_the_cross_entropy_of_matching_pairs() -> None:
+    image = torch.nn.functional.normalize(torch.randn(5, 4), dim=1)
+    text = torch.nn.functional.normalize(torch.randn(5, 4), dim=1)
+    logits = 7.0 * image @ text.T
+    diagonal = -(logits.log_softmax(dim=0).diagonal() + logits.log_softmax(dim=1).diagonal()).mean() / 2
+    torch.testing.assert_close(contrastive_loss(image, text, torch.tensor(7.0)), diagonal)
+    torch.testing.assert_close(similarity(image, text), (image @ text.T).diagonal())
+
+
+def _gradients_of_two_processes(folder: str) -> None:
+    torch.set_num_threads(1)
+    image, ids = batch()
+    mine = slice(4 * distributed.get_rank(), 4 * distributed.get_rank() + 4)
+    model = DistributedDataParallel(ClipForTraining(towers()))
+    loss = contrastive_loss(*model(image[mine], ids[mine]))
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.module.named_parameters()}
+    torch.save({"loss": loss.detach(), **gradients}, Path(folder, f"{distributed.get_rank()}.pt"))
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
+    debug_launcher(_gradients_of_two_processes, args=(str(tmp_path),), num_processes=2)
+    model = ClipForTraining(towers())
+    loss = contrastive_loss(*model(*batch()))
+    loss.backward()
+    for rank in range(2):
+        theirs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(theirs.pop("loss"), loss.detach())
+        ours = {name: parameter.grad for name, parameter in model.named_parameters()}
+        assert theirs.keys() == ours.keys()
+        for name, gradient in ours.items():
+            assert gradient is not None and gradient.abs().max() > 0, name
+            torch.testing.assert_close(theirs[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_training_learns_the_pairs_of_a_batch() -> None:
+    model = ClipForTraining(towers())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = contrastive_loss(*model(*batch()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_folder_gives_the_same_towers_back(tmp_path: Path) -> None:
+    clip = towers().eval()
+    save_clip(clip, tmp_path / "clip")
+    again = load_clip(tmp_path / "clip")
+    image, ids = batch()
+    assert again.shape == SHAPE
+    assert not again.training
+    with torch.no_grad():
+        assert torch.equal(again.encode_image(image), clip.encode_image(image))
+        assert torch.equal(again.encode_text(ids), clip.encode_text(ids))
+    assert torch.equal(again.logit_scale, clip.logit_scale)
+
+
+def test_unusable_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config.json and model.safetensors missing"):
+        load_clip(tmp_path)
+    save_clip(towers(), tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-10])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        load_clip(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "text_layers": 2}))
+    with pytest.raises(UserError, match="does not hold") as caught:
+        load_clip(tmp_path)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_clip(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_size": 3}, "patch_size 3"),
+        ({"vision_heads": 3}, "vision_heads"),
+        ({"text_heads": 3}, "text_heads"),
+        ({"eos_token_id": 20}, "eos_token_id 20"),
+        ({"embed_dim": 0}, "embed_dim is 0"),
+    ],
+)
+def test_wrong_sizes_are_named(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_clip(dataclasses.replace(SHAPE, **changes))
