@@ -42,7 +42,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
+    aside.replace(path)
     fsync_folder(path.parent)
 
 
@@ -72,8 +72,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     fill(aside)
     fsync_tree(aside)
     if folder.exists():
-        os.rename(folder, old)
-    os.rename(aside, folder)
+        folder.rename(old)
+    aside.rename(folder)
     fsync_folder(folder.parent)
     if old.exists():
         shutil.rmtree(old)
@@ -102,6 +102,6 @@ def require_free_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed + (16 << 20):
         raise UserError(
-            f"disk nearly full: {what} needs {needed / 2**20:.0f} MiB at {folder}, only {free / 2**20:.0f} MiB are free; "
-            "free some space or choose another folder, then run the same command again"
+            f"disk nearly full: {what} needs {needed / 2**20:.0f} MiB at {folder}, "
+            f"only {free / 2**20:.0f} MiB are free; free some space or choose another folder, then run the same command again"
         )

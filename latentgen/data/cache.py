@@ -95,10 +95,9 @@ class ArrayCache:
         array = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float16, shape=(self.rows, *self.shape))
         array.flush()
         del array
-        os.replace(aside, self.values)
+        aside.replace(self.values)
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         """Wait on the disk, not in a collective call that would time out while another process is still computing."""
         while not ready():
             time.sleep(0.05)
-

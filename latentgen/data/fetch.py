@@ -34,12 +34,15 @@ class PictureBatches:
         source: the examples.
         flip: mirror each picture half of the time.
         patch: side of a random square cut out of each picture; None shows it whole.
+        patch_tries: squares drawn for each picture, of which the one with the most contrast is kept: most of a
+            drawing is plain background, which teaches an autoencoder little.
         captions: at most so many captions of an example take part (None: all); 0 leaves captions out.
     """
 
     source: Source
     flip: bool = False
     patch: int | None = None
+    patch_tries: int = 1
     captions: int | None = None
 
     def __call__(self, draw: Draw) -> dict[str, Any]:
@@ -49,16 +52,24 @@ class PictureBatches:
             mirrored = draw.uniform("flip") < 0.5
             image[mirrored] = image[mirrored].flip(-1)
         if self.patch is not None:
-            top = draw.integers("top", image.shape[-2] - self.patch + 1)
-            left = draw.integers("left", image.shape[-1] - self.patch + 1)
-            image = torch.stack(
-                [x[:, t : t + self.patch, e : e + self.patch] for x, t, e in zip(image, top, left, strict=True)]
-            )
+            image = self._cut(image, draw, self.patch)
         if self.captions == 0:
             return {"image": image}
         choice = draw.uniform("caption").tolist()
         options = [first_captions(self.source, index, self.captions) for index in draw.indices]
         return {"image": image, "caption": [o[int(c * len(o))] for o, c in zip(options, choice, strict=True)]}
+
+    def _cut(self, image: Tensor, draw: Draw, side: int) -> Tensor:
+        """One square `[b, 3, side, side]` of each picture."""
+        best, contrast = image[..., :side, :side], torch.full((len(image),), -1.0)
+        for number in range(self.patch_tries):
+            top = draw.integers(f"top {number}", image.shape[-2] - side + 1).tolist()
+            left = draw.integers(f"left {number}", image.shape[-1] - side + 1).tolist()
+            cut = torch.stack([x[:, t : t + side, e : e + side] for x, t, e in zip(image, top, left, strict=True)])
+            value = cut.flatten(2).std(dim=2).sum(dim=1)
+            best = torch.where((value > contrast)[:, None, None, None], cut, best)
+            contrast = torch.maximum(contrast, value)
+        return best
 
 
 @dataclass(frozen=True)

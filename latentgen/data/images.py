@@ -52,6 +52,8 @@ def decode(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, short_si
         max_pixels: a header that promises more pixels is refused before anything is decoded (decompression bombs).
         short_side: the side wanted later; a JPEG may then be decoded at 1/2, 1/4 or 1/8, never below twice this.
 
+    What libjpeg mends without a word in the middle of a JPEG (stripes of wrong colour) cannot be noticed here.
+
     Raises:
         BadPicture: not a picture, damaged, truncated (a part is never returned), too large, or missing.
     """

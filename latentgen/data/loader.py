@@ -1,4 +1,4 @@
-"""Step number -> micro-batches, by torch's DataLoader; nothing in it has to be saved, for everything follows from the step."""
+"""Step number -> micro-batches, by torch's DataLoader. It has no state: everything follows from the step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class Cut:
     def __post_init__(self) -> None:
         if self.global_batch % self.world:
             raise UserError(
-                f"train.global_batch: {self.global_batch} does not divide over {self.world} processes; choose a multiple"
+                f"train.global_batch: {self.global_batch} does not divide over {self.world} processes; "
+                "choose a multiple"
             )
         share = self.global_batch // self.world
         if self.micro_batch is not None and share % self.micro_batch:
@@ -52,8 +53,17 @@ class Cut:
 class _MicroBatches(Dataset[tuple[Draw, Batch]]):
     """Item k is micro-batch k % per_step of step k // per_step."""
 
-    def __init__(self, fetch: Callable[[Draw], Batch], examples: int, seed: int, stage: str, cut: Cut, steps: int) -> None:
-        self.fetch, self.examples, self.seed, self.stage, self.cut, self.steps = fetch, examples, seed, stage, cut, steps
+    def __init__(
+        self, fetch: Callable[[Draw], Batch], examples: int, seed: int, stage: str, cut: Cut, steps: int
+    ) -> None:
+        self.fetch, self.examples, self.seed, self.stage, self.cut, self.steps = (
+            fetch,
+            examples,
+            seed,
+            stage,
+            cut,
+            steps,
+        )
         self.rows = cut.rows()
 
     def __len__(self) -> int:

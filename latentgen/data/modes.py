@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 # PNG says which grey is transparent in the file's own bits; Pillow widens the pixels but not that number.
 _GREY_STEP = {"L;2": 85, "L;4": 17}
+# Closest where it is dark: there the slope of the transfer curve shows small differences most.
+_LATTICE = (0, 1, 3, 6, 10, 15, 22, 32, 48, 64, 96, 128, 160, 192, 224, 255)
 
 
 def to_rgb(image: Image.Image, layout: str) -> Image.Image:
@@ -112,8 +114,8 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     if mode == "CMYK":
         return transform
-    steps = np.linspace(0, 255, 256 if mode == "L" else 9).round().astype(np.uint8)
-    lattice = steps[None] if mode == "L" else np.stack(np.meshgrid(steps, steps, steps), -1).reshape(9, 81, 3)
+    steps = np.arange(256, dtype=np.uint8) if mode == "L" else np.array(_LATTICE, dtype=np.uint8)
+    lattice = steps[None] if mode == "L" else np.stack(np.meshgrid(steps, steps, steps), -1).reshape(len(steps), -1, 3)
     probe = Image.fromarray(lattice)
     after = np.asarray(ImageCms.applyTransform(probe, transform), dtype=np.int64)
     same = np.abs(after - np.asarray(probe.convert("RGB"), dtype=np.int64)).max() <= 1

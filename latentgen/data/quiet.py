@@ -12,18 +12,22 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from PIL import _imaging
+from PIL import ImageFile, _imaging
 
 log = logging.getLogger(__name__)
 
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
 
 
-class _PillowWarnings:
-    """Counted: `warnings.catch_warnings` changes process-wide state, and several threads decode at once."""
+class _PillowState:
+    """No warnings and no half-read pictures, whatever another library asked of Pillow.
+
+    Counted, for both are process-wide states and several threads decode at once: the first changes, the last restores.
+    """
 
     def __init__(self) -> None:
-        self.lock, self.inside, self.caught = threading.Lock(), 0, warnings.catch_warnings()
+        self.lock, self.inside = threading.Lock(), 0
+        self.caught, self.lenient = warnings.catch_warnings(), False
 
     def enter(self) -> None:
         with self.lock:
@@ -32,32 +36,34 @@ class _PillowWarnings:
                 self.caught = warnings.catch_warnings()
                 self.caught.__enter__()
                 warnings.filterwarnings("ignore", module=r"PIL\.")
+                self.lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
 
     def leave(self) -> None:
         with self.lock:
             self.inside -= 1
             if self.inside == 0:
                 self.caught.__exit__(None, None, None)
+                ImageFile.LOAD_TRUNCATED_IMAGES = self.lenient
 
 
-_warnings = _PillowWarnings()
+_state = _PillowState()
 _messages = threading.local()
 
 
 @contextmanager
 def quiet_pillow() -> Iterator[list[str]]:
-    """While inside, Pillow's Python warnings are dropped and what libtiff reports as an error is appended to the list.
+    """While inside, Pillow drops its Python warnings and refuses truncated files; libtiff's errors join the list.
 
     Safe to use from several threads: each gets the messages of its own thread.
     """
     _libtiff_handler()
     heard: list[str] = []
     _messages.heard = heard
-    _warnings.enter()
+    _state.enter()
     try:
         yield heard
     finally:
-        _warnings.leave()
+        _state.leave()
         _messages.heard = None
 
 

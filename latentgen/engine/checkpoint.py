@@ -44,7 +44,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Pat
 
     def fill(aside: Path) -> None:
         for name, group in checkpoint.tensors.items():
-            save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, aside / f"{name}.safetensors")
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in group.items()}, aside / f"{name}.safetensors"
+            )
         write_json(aside / "state.json", {"step": checkpoint.step, **checkpoint.data})
         files = sorted(path.name for path in aside.iterdir())
         write_json(aside / "manifest.json", {name: file_sha256(aside / name) for name in files})

@@ -142,7 +142,12 @@ class Loop:
     def _rate(self, step: int) -> float:
         s = self.settings
         return optim.learning_rate(
-            step, peak=s.learning_rate, schedule=s.schedule, warmup=s.warmup_steps, steps=s.steps, final=s.final_learning_rate
+            step,
+            peak=s.learning_rate,
+            schedule=s.schedule,
+            warmup=s.warmup_steps,
+            steps=s.steps,
+            final=s.final_learning_rate,
         )
 
     def _agree(self, asked: bool) -> bool:

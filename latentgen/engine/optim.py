@@ -56,9 +56,16 @@ def flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `flatten`, into an optimizer of the same parameters."""
+    """Inverse of `flatten`, into an optimizer of the same parameters.
+
+    Each moment gets its parameter's memory layout back: the fused kernel walks both by address.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         number, key = name.split(".", 1)
+        parameter = parameters[int(number)]
+        if value.shape == parameter.shape:
+            value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
         state.setdefault(int(number), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

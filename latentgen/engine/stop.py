@@ -30,5 +30,7 @@ class StopRequest:
             self._before = {number: signal.signal(number, self._handle) for number in self.signals}  # type: ignore[misc]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._restore()

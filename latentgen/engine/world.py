@@ -1,4 +1,4 @@
-"""Devices, precision and processes, through accelerate; and the refusal to train in another world than the one asked for.
+"""Devices, precision and processes, through accelerate; and the refusal to train in another world than asked for.
 
 accelerate 1.15 starts ONE process for `accelerate launch --cpu --num_processes 2` and says nothing; and two torchrun
 ranks on a machine without a GPU each believe to be alone unless `cpu=True` is passed. Both would train wrong silently.

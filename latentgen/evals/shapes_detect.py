@@ -1,9 +1,9 @@
 """Finding the objects in a picture of shapes, by image analysis alone.
 
-Written for pictures that come from a generative model: colours a little off, soft outlines, specks, objects that touch. The
-picture is cut into what differs from the background; each piece is divided by the palette colours that its inner pixels vote
-for; each part becomes a soft mask (its share of the way from the background to its own colour), and the mask is compared with
-drawn templates of every shape.
+Written for pictures that come from a generative model: colours a little off, soft outlines, specks, objects that
+touch. The picture is cut into what differs from the background; each piece is divided by the palette colours that its
+inner pixels vote for; each part becomes a soft mask (its share of the way from the background to its own colour), and
+the mask is compared with drawn templates of every shape.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def detect(image: Image.Image | Array) -> Detection:
     ground = np.median(pixels[frame], axis=0)
     name, distance = _nearest(ground, BACKGROUNDS)
     away = np.sqrt(((pixels - ground) ** 2).sum(-1))
-    pieces, _ = ndimage.label(away > FOREGROUND, structure=np.ones((3, 3)))
+    pieces, _ = _pieces(away > FOREGROUND)
     found: list[Found] = []
     for number, window in enumerate(ndimage.find_objects(pieces), start=1):
         inside = pieces[window] == number
@@ -124,6 +124,13 @@ def detect(image: Image.Image | Array) -> Detection:
     return Detection(name if distance <= BACKGROUND_TOLERANCE else None, tuple(found))
 
 
+def _pieces(mask: Array) -> tuple[Array, int]:
+    """Number the connected pieces of a mask from 1; corners connect."""
+    labels = np.empty(mask.shape, dtype=np.int32)
+    count = ndimage.label(mask, structure=np.ones((3, 3)), output=labels)
+    return labels, int(count)  # type: ignore[arg-type]  # a number whenever `output` is an array
+
+
 def _nearest(colour: Array, palette: dict[str, tuple[int, int, int]]) -> tuple[str, float]:
     distances = np.sqrt(((np.array(list(palette.values()), dtype=np.float32) - colour) ** 2).sum(-1))
     best = int(distances.argmin())
@@ -131,8 +138,8 @@ def _nearest(colour: Array, palette: dict[str, tuple[int, int, int]]) -> tuple[s
 
 
 def _inner_colours(pixels: Array, inside: Array) -> list[Array]:
-    """The median colours of the palette classes that the piece's inner pixels vote for: mixed edge pixels have no vote."""
-    depth = ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]
+    """Median colours of the palette classes that the piece's inner pixels vote for; mixed edge pixels have no vote."""
+    depth = np.asarray(ndimage.distance_transform_edt(np.pad(inside, 1)))[1:-1, 1:-1]
     inner = pixels[depth >= min(3.0, 0.6 * depth.max())]
     palette = np.array(list(COLOURS.values()), dtype=np.float32)
     votes = ((inner[:, None] - palette) ** 2).sum(-1).argmin(-1)
@@ -162,7 +169,7 @@ def _objects_of(pixels: Array, ground: Array, inside: Array, window: tuple[slice
     found: list[Found] = []
     for index, (colour, share) in enumerate(zip(colours, shares, strict=True)):
         share = np.where(around & (owner == index), share, 0.0)
-        parts, count = ndimage.label(share > 0.5, structure=np.ones((3, 3)))
+        parts, count = _pieces(share > 0.5)
         for number in range(1, count + 1):
             part = parts == number
             if part.sum() < MIN_AREA:
@@ -210,7 +217,7 @@ _TRIES = np.array([(f, dx, dy) for f in _FACTORS for dx in _SHIFTS for dy in _SH
 
 
 def _fit(mask: Array, shape: str, softness: float) -> tuple[float, str, float, float, float]:
-    """(soft intersection over union, shape, x, y, radius) of the shape's best template near the mask's area and centroid."""
+    """(soft intersection over union, shape, x, y, radius) of the best template near the mask's area and centroid."""
     area, lower = _moments(shape)
     total = float(mask.sum())
     x = np.arange(mask.shape[1], dtype=np.float32) + 0.5

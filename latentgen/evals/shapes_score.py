@@ -1,11 +1,12 @@
-"""Picture + caption -> verdict, exactly, by image analysis: no learned part, and no look at the scene behind the picture.
+"""Picture + caption -> verdict, by image analysis: no learned part, and no look at the scene behind the picture.
 
-The caption is read by its own grammar, the picture by `latentgen.evals.shapes_detect`. What the caption leaves unsaid is not
-checked. Objects that were not asked for are treated in the manner of GenEval (arXiv 2310.11513):
+The caption is read by its own grammar, the picture by `latentgen.evals.shapes_detect`. What the caption leaves unsaid
+is not checked. Objects that were not asked for are treated in the manner of GenEval (arXiv 2310.11513):
 
 * one object asked for: the picture shows exactly one object, and it is that one;
-* a number of one shape: exactly that many of the shape, all with the colour and size asked for. Objects of other shapes may
-  stand beside them, but an object of no recognisable shape fails the count, because it may be one too many;
+* a number of one shape: exactly that many of the shape, all with the colour and size asked for. Objects of other
+  shapes may stand beside them, but an object of no recognisable shape fails the count, because it may be one too
+  many;
 * two objects: both are there, whatever else is; with a relation, some pair that fits stands in it.
 """
 

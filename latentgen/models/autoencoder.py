@@ -9,8 +9,7 @@ Three kinds of latents, never mixed up:
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
@@ -46,7 +45,7 @@ def build_autoencoder(
     channels = tuple(channels)
     if not channels or min(channels) < 1 or latent_channels < 1:
         raise UserError(
-            f"autoencoder: channels {list(channels)} and latent_channels {latent_channels} must be positive and not empty"
+            f"autoencoder: channels {list(channels)} and latent_channels {latent_channels} must be 1 or more"
         )
     if layers_per_block < 0:
         raise UserError(f"autoencoder: layers_per_block is {layers_per_block}; use 0 or more")
@@ -63,10 +62,13 @@ def build_autoencoder(
         raise UserError(
             f"autoencoder: resolution {resolution} is not a multiple of {times}, the factor of {len(channels)} levels"
         )
+    levels: dict[str, Any] = {  # the library's annotations admit one level only
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+        "block_out_channels": channels,
+    }
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        block_out_channels=channels,
+        **levels,
         layers_per_block=layers_per_block,
         latent_channels=latent_channels,
         norm_num_groups=norm_groups,
@@ -149,7 +151,12 @@ def latents_of(vae: AutoencoderKL, z: Tensor) -> Tensor:
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Pictures [b, 3, h*f, w*f], about [-1, 1] and not clamped, from the latents [b, c, h, w] of diffusion."""
     shift, scale = _shift_and_scale(vae)
-    return vae.decode(latents / scale + shift, return_dict=False)[0]
+    return _decode_raw(vae, latents / scale + shift)
+
+
+def _decode_raw(vae: AutoencoderKL, z: Tensor) -> Tensor:
+    raw: Any = z  # annotated as a legacy tensor type by the library
+    return vae.decode(raw, return_dict=False)[0]
 
 
 @torch.no_grad()
@@ -179,10 +186,11 @@ def fold_whitening(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     if not usable.all():
         bad = (~usable).nonzero().flatten().tolist()
         raise UserError(
-            f"autoencoder: latent channels {bad} have mean {mean[bad].tolist()} and standard deviation {std[bad].tolist()}"
-            " and cannot be whitened; train longer or with fewer latent channels"
+            f"autoencoder: latent channels {bad} with means {mean[bad].tolist()} and standard deviations "
+            f"{std[bad].tolist()} cannot be whitened; train longer or with fewer latent channels"
         )
-    assert quant.bias is not None and post.bias is not None
+    assert quant.bias is not None
+    assert post.bias is not None
     # In float64, so that the folded weights are the exact product rounded once.
     weight, bias = quant.weight.double(), quant.bias.double()
     weight[:channels] /= std.view(-1, 1, 1, 1)
@@ -240,7 +248,7 @@ class AutoencoderForTraining(nn.Module):
         _require_multiple(self.vae, image)
         posterior = self.vae.encode(image, return_dict=False)[0]
         z = sample_latents(posterior.mean, posterior.std, noise)
-        return Reconstruction(self.vae.decode(z, return_dict=False)[0], posterior.mean, posterior.logvar)
+        return Reconstruction(_decode_raw(self.vae, z), posterior.mean, posterior.logvar)
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -255,6 +263,6 @@ def noise_shape(vae: AutoencoderKL, image: Tensor) -> tuple[int, int, int, int]:
     return (
         image.shape[0],
         vae.config["latent_channels"],
-        math.ceil(image.shape[-2] / factor(vae)),
-        math.ceil(image.shape[-1] / factor(vae)),
+        image.shape[-2] // factor(vae),
+        image.shape[-1] // factor(vae),
     )

@@ -220,12 +220,10 @@ def to_transformers(clip: Clip, *, bos_token_id: int, pad_token_id: int) -> CLIP
         eos_token_id=shape.eos_token_id,
         pad_token_id=pad_token_id,
     )
-    model: nn.Module = CLIPTextModel(config)
-    weights = _text_weights(clip)
-    # Newer versions of the library name the same weights without this prefix.
-    prefix = "text_model." if "text_model.final_layer_norm.weight" in model.state_dict() else ""
-    model.load_state_dict({prefix + name: tensor for name, tensor in weights.items()})
-    return model.to(dtype=clip.logit_scale.dtype).eval()
+    model: Any = CLIPTextModel(config)  # the library's decorators hide nn.Module's methods from type checkers
+    model.load_state_dict(_text_weights(clip))
+    model.to(dtype=clip.logit_scale.dtype)
+    return model.eval()
 
 
 def _text_weights(clip: Clip) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ class PatchCritic(nn.Module):
         super().__init__()
         if layers < 1 or channels < 1 or norm_groups < 1 or channels % norm_groups:
             raise UserError(
-                f"critic: layers {layers} must be 1 or more and norm_groups {norm_groups} must divide channels {channels}"
+                f"critic: layers {layers} must be 1 or more, and norm_groups {norm_groups} divide channels {channels}"
             )
         widths = [channels * min(2**level, 8) for level in range(layers + 1)]
         body: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
@@ -62,20 +62,20 @@ class PatchCritic(nn.Module):
 
 
 def hinge_critic_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """What the critic minimises, a scalar: scores of real patches above 1, of made ones below -1 (1705.02894 eq. 3)."""
+    """What the critic minimises, a scalar: scores of real patches above 1, of made ones below -1 (arXiv 1705.02894)."""
     return 0.5 * (functional.relu(1.0 - real).mean() + functional.relu(1.0 + fake).mean())
 
 
 def hinge_generator_loss(fake: Tensor) -> Tensor:
-    """What the autoencoder minimises, a scalar: minus the mean score of its pictures (1705.02894 eq. 4)."""
+    """What the autoencoder minimises, a scalar: minus the mean score of its pictures (arXiv 1705.02894)."""
     return -fake.mean()
 
 
 def adaptive_weight(reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor) -> Tensor:
     """Weight of the adversarial loss that balances both gradients at the decoder's last layer (arXiv 2012.09841 eq. 7).
 
-    `|grad reconstruction| / (|grad adversarial| + 1e-4)`, at most 1e4. With several processes both gradients are averaged
-    first, so that every process uses the weight of the whole batch.
+    `|grad reconstruction| / (|grad adversarial| + 1e-4)`, at most 1e4. With several processes both gradients are
+    averaged first, so that every process uses the weight of the whole batch.
 
     Args:
         reconstruction_loss: scalar; its graph is kept.
@@ -130,7 +130,7 @@ class Perceptual(nn.Module):
         return super().train(False)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Distance [b], 0 for equal pictures, at most 20, between pictures [b, 3, h, w] in [-1, 1], sides 16 or more."""
+        """Distance [b] in [0, 10] of pictures [b, 3, h, w] in [-1, 1], sides of 16 pixels or more; 0 where equal."""
         total = first.new_zeros(first.shape[0])
         a, b = ((image * 0.5 + 0.5 - self.mean) / self.std for image in (first, second))
         for index, layer in enumerate(self.features):

@@ -133,8 +133,8 @@ def attention_kernel(
         UserError: no kernel of that name.
     """
     # Measured on one Zen 4 core with U-Nets of 7 to 9 M parameters at 16x16, batch 16, forward and backward, math:flash
-    # in ms: float32 530:450, 266:260, 900:771; bfloat16 autocast 367:382, 166:208, 440:497. The CPU flash backward has a high
-    # fixed cost in bfloat16 (14 ms against 4 ms at 64 queries, 32 keys). Elsewhere PyTorch's own choice stands.
+    # in ms: float32 530:450, 266:260, 900:771; bfloat16 autocast 367:382, 166:208, 440:497. The CPU flash backward has
+    # a high fixed cost in bfloat16 (14 against 4 ms at 64 queries, 32 keys). Elsewhere PyTorch's own choice stands.
     if kind == "auto":
         if not (training and torch.device(device).type == "cpu" and dtype == torch.bfloat16):
             yield

@@ -70,7 +70,7 @@ def check(request: Request, model: Model) -> None:
 
 @torch.no_grad()
 def generate(
-    model: Model, requests: Sequence[Request], *, batch_size: int = 8, on_step: Callable[[int], None] | None = None
+    model: Model, requests: Sequence[Request], *, batch_size: int = 8, on_step: Callable[[int], object] | None = None
 ) -> Iterator[Image.Image]:
     """Draw the requests, in their order.
 
@@ -102,7 +102,7 @@ def start_noise(request: Request, channels: int, times: int) -> Tensor:
     return torch.randn(1, channels, request.height // times, request.width // times, generator=own)
 
 
-def _latents(model: Model, batch: list[Request], on_step: Callable[[int], None] | None) -> Tensor:
+def _latents(model: Model, batch: list[Request], on_step: Callable[[int], object] | None) -> Tensor:
     """Sample the latents `[b, c, h, w]` of requests with equal settings."""
     first, device = batch[0], model.unet.device
     parameterization = model.parameterization()

@@ -47,7 +47,9 @@ def grid(
     return sheet
 
 
-def save_png(picture: Image.Image, path: Path, *, parameters: str | None = None, recipe: dict[str, Any] | None = None) -> None:
+def save_png(
+    picture: Image.Image, path: Path, *, parameters: str | None = None, recipe: dict[str, Any] | None = None
+) -> None:
     """Write a PNG atomically, with its recipe in text chunks.
 
     Args:

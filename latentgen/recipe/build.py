@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentgen.core.errors import UserError
@@ -45,7 +44,7 @@ def source(recipe: Recipe) -> Source:
 
 
 def held_out(recipe: Recipe) -> Source:
-    """Examples that training does not see: other shapes, the folder's `validation`, or the training ones if it has none."""
+    """Examples that training does not see: other shapes, or the folder's `validation`; failing that, the same ones."""
     data = recipe.data
     if data.source == "shapes":
         seed = seed_of(recipe.seed, "held-out") % 2**31
@@ -91,11 +90,10 @@ def vae_losses(recipe: Recipe) -> VaeLosses:
     )
 
 
-def new_clip(recipe: Recipe, tokenizer: CLIPTokenizer) -> Clip:
-    """The two towers the recipe describes, with random weights."""
+def new_clip(recipe: Recipe, vocab_size: int, eos_token_id: int) -> Clip:
+    """The two towers the recipe describes, with random weights, for a tokenizer of `vocab_size` tokens."""
     t = recipe.text_encoder
     seeded(recipe, "clip")
-    assert isinstance(tokenizer.eos_token_id, int)
     return build_clip(
         ClipShape(
             image_size=recipe.data.resolution,
@@ -107,8 +105,8 @@ def new_clip(recipe: Recipe, tokenizer: CLIPTokenizer) -> Clip:
             text_layers=t.layers,
             text_heads=t.heads,
             context_length=t.context_length,
-            vocab_size=len(tokenizer),
-            eos_token_id=tokenizer.eos_token_id,
+            vocab_size=vocab_size,
+            eos_token_id=eos_token_id,
             embed_dim=t.embed_dim,
         )
     )
@@ -161,7 +159,9 @@ def new_model(recipe: Recipe, vae: AutoencoderKL, text_encoder: CLIPTextModel, t
         ("text_encoder", start.unet.config["cross_attention_dim"], text_encoder.config.hidden_size),
     ):
         if wanted != found:
-            raise UserError(f"{part}: unet.from expects width {wanted}, this one gives {found}; use `{part}.from` alike")
+            raise UserError(
+                f"{part}: unet.from expects width {wanted}, this one gives {found}; use `{part}.from` alike"
+            )
     return Model(
         vae=vae,
         text_encoder=text_encoder,
@@ -214,8 +214,3 @@ def cut(recipe: Recipe, stage: str, rank: int = 0, world: int = 1) -> Cut:
     """How a stage's global batch is spread."""
     train = recipe.stage_train(stage)
     return Cut(train.global_batch, train.micro_batch, rank, world)
-
-
-def frozen(network: nn.Module) -> nn.Module:
-    """A network that is used and not trained."""
-    return network.eval().requires_grad_(False)

@@ -56,12 +56,19 @@ def valid_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
 
 
 def _nearest(key: str) -> str:
+    """A hint at the valid key that was meant: one spelled alike, or one that the last part abbreviates (`lr`)."""
     keys = valid_keys()
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    if not near:  # A right key in the wrong section, or without its section, is the commonest slip.
-        last = key.rsplit(".", 1)[-1]
-        tails = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed(keys)}
-        near = [tails[name] for name in difflib.get_close_matches(last, tails, n=1, cutoff=0.6)]
+    leaves = [k for k in keys if not any(other.startswith(k + ".") for other in keys)]
+    section, _, last = key.rpartition(".")
+    inside = [k for k in leaves if k.rpartition(".")[0] == section]
+    tails = {k.rpartition(".")[2]: k for k in [*reversed(leaves), *inside]}
+    short = {"".join(word[0] for word in tail.split("_")): k for tail, k in tails.items() if "_" in tail}
+    near = (
+        difflib.get_close_matches(key, inside, n=1, cutoff=0.75)
+        or [k for k in [short.get(last)] if k]
+        or difflib.get_close_matches(key, leaves, n=1, cutoff=0.6)
+        or [tails[name] for name in difflib.get_close_matches(last, tails, n=1, cutoff=0.6)]
+    )
     return f"; did you mean `{near[0]}`?" if near else f"; the sections are {', '.join(Recipe.model_fields)}"
 
 

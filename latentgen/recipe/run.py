@@ -33,6 +33,7 @@ from latentgen.models.clip import Clip, load_clip
 from latentgen.models.text import train_tokenizer
 from latentgen.recipe import build
 from latentgen.recipe.load import dump_recipe, load_recipe
+from latentgen.recipe.plan import make_plan
 from latentgen.recipe.schema import Recipe
 from latentgen.tasks.caching import Share, cache_latents, cache_text
 from latentgen.tasks.clip import ClipTask, finish_clip
@@ -71,6 +72,8 @@ class Run:
         if (self.folder.model / "model_index.json").is_file():
             logger.info("%s is finished; choose another name= to train anew", self.folder.model)
             return self.folder.model
+        plan = make_plan(self.recipe)
+        logger.info("%s", plan.table())
         vae = self._vae()
         text_encoder, tokenizer, clip = self._text_encoder()
         model = build.new_model(self.recipe, vae, text_encoder, tokenizer)
@@ -88,11 +91,13 @@ class Run:
             for key in sorted(before.keys() | now.keys()):
                 if before.get(key) != now.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE_KEYS):
                     raise UserError(
-                        f"{self.folder.path} was made by another recipe ({key}: {before.get(key)} there, {now.get(key)} now); "
-                        "choose another name=, or remove that folder"
+                        f"{self.folder.path} was made by another recipe "
+                        f"({key}: {before.get(key)} there, {now.get(key)} now); choose another name=, or remove that folder"
                     )
         if self.accelerator.is_main_process:
-            libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "accelerate"))
+            libraries = ", ".join(
+                f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "accelerate")
+            )
             head = f"# latentgen {__version__}, Python {platform.python_version()}, {libraries}\n"
             write_text(self.folder.recipe, head + dump_recipe(self.recipe))
         self.accelerator.wait_for_everyone()
@@ -130,7 +135,8 @@ class Run:
             held_out = build.held_out(self.recipe)
             pictures = to_tensor([held_out.image(i) for i in range(min(len(held_out), self.recipe.data.holdout))])
             task = VaeTask(build.new_vae(self.recipe), build.vae_losses(self.recipe), pictures)
-            fetch = PictureBatches(self.source, self.recipe.data.flip, self.recipe.autoencoder.patch, captions=0)
+            a = self.recipe.autoencoder
+            fetch = PictureBatches(self.source, self.recipe.data.flip, a.patch, a.patch_tries, captions=0)
             self._stage(
                 task, fetch, lambda loop: finish_vae(loop.averaged["vae"], self.source, self.recipe.seed, result)
             )
@@ -153,7 +159,9 @@ class Run:
             held_out = build.held_out(self.recipe)
             numbers = range(min(len(held_out), self.recipe.data.holdout))
             pairs = to_tensor([held_out.image(i) for i in numbers]), [held_out.captions(i)[0] for i in numbers]
-            task = ClipTask(build.new_clip(self.recipe, tokenizer), tokenizer, pairs)
+            assert isinstance(tokenizer.eos_token_id, int)
+            clip = build.new_clip(self.recipe, len(tokenizer), tokenizer.eos_token_id)
+            task = ClipTask(clip, tokenizer, pairs)
             fetch = PictureBatches(self.source, self.recipe.data.flip, captions=limit)
             self._stage(task, fetch, lambda loop: finish_clip(loop.averaged["clip"], tokenizer, result))
         with quiet_libraries():
@@ -170,7 +178,12 @@ class Run:
             states, rows = cache_text(model, self.source, cache, captions=data.captions, share=share)
             fetch = CachedBatches(moments, states, rows, recipe.diffusion.caption_dropout)
             task = DiffusionTask(
-                model, build.objective(recipe, model), build.previews(recipe), recipe.preview.num, recipe.unet.attention_kernel
+                model,
+                build.objective(recipe, model),
+                build.previews(recipe),
+                columns=recipe.preview.num,
+                kernel=recipe.unet.attention_kernel,
+                dtype=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
             )
             self._stage(task, fetch, lambda loop: _finish_unet(loop.averaged["unet"], result))
         with quiet_libraries():

@@ -16,77 +16,94 @@ class Section(BaseModel):
 class Data(Section):
     """Where pictures and captions come from, and how they are cut."""
 
-    source: Literal["shapes", "folder"] = Field("shapes", description="the procedural world, or a folder of pictures")
-    path: str | None = Field(None, description="folder of pictures and captions (source: folder)")
-    split: str | None = Field(None, description="subfolder (train, validation) or part of the shapes world")
-    resolution: int = Field(64, ge=8, description="side of the training picture, in pixels")
-    crop: Literal["center", "stretch"] = Field("center", description="how a picture that is not square is cut")
-    flip: bool = Field(False, description="show each picture mirrored half of the time")
-    size: int = Field(20_000, ge=1, description="examples in the procedural world")
-    captions: int | None = Field(None, ge=1, description="use at most so many captions an example (null: all)")
-    holdout: int = Field(64, ge=1, description="pictures kept for measuring reconstruction")
-    validation: str | None = Field(None, description="folder of pictures to measure on (null: beside the training ones)")
-    workers: int = Field(0, ge=0, description="processes that read pictures (0: the training process itself)")
-    cache: str = Field("runs/.cache", description="folder of cached latents and text states, shared by all runs")
+    source: Literal["shapes", "folder"] = Field(
+        default="shapes", description="the procedural world, or a folder of pictures"
+    )
+    path: str | None = Field(default=None, description="folder of pictures and captions (source: folder)")
+    split: str | None = Field(default=None, description="subfolder (train, validation) or part of the shapes world")
+    resolution: int = Field(default=64, ge=8, description="side of the training picture, in pixels")
+    crop: Literal["center", "stretch"] = Field(default="center", description="how a picture that is not square is cut")
+    flip: bool = Field(default=False, description="show each picture mirrored half of the time")
+    size: int = Field(default=20_000, ge=1, description="examples in the procedural world")
+    captions: int | None = Field(default=None, ge=1, description="use at most so many captions an example (null: all)")
+    holdout: int = Field(default=64, ge=1, description="pictures kept for measuring reconstruction")
+    validation: str | None = Field(
+        default=None, description="folder of pictures to measure on (null: beside the training ones)"
+    )
+    workers: int = Field(default=0, ge=0, description="processes that read pictures (0: the training process itself)")
+    cache: str = Field(
+        default="runs/.cache", description="folder of cached latents and text states, shared by all runs"
+    )
 
 
 class StageTrain(Section):
     """Training settings of one network; what is null is taken from the `train` section."""
 
-    steps: int | None = Field(None, ge=1)
-    global_batch: int | None = Field(None, ge=1)
-    micro_batch: int | None = Field(None, ge=1)
-    learning_rate: float | None = Field(None, gt=0)
+    steps: int | None = Field(default=None, ge=1)
+    global_batch: int | None = Field(default=None, ge=1)
+    micro_batch: int | None = Field(default=None, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
     schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] | None = None
-    warmup_steps: int | None = Field(None, ge=0)
-    final_learning_rate: float | None = Field(None, ge=0, le=1)
-    weight_decay: float | None = Field(None, ge=0)
-    beta1: float | None = Field(None, ge=0, lt=1)
-    beta2: float | None = Field(None, ge=0, lt=1)
-    grad_clip: float | None = Field(None, gt=0)
-    ema_decay: float | None = Field(None, ge=0, lt=1)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    final_learning_rate: float | None = Field(default=None, ge=0, le=1)
+    weight_decay: float | None = Field(default=None, ge=0)
+    beta1: float | None = Field(default=None, ge=0, lt=1)
+    beta2: float | None = Field(default=None, ge=0, lt=1)
+    grad_clip: float | None = Field(default=None, gt=0)
+    ema_decay: float | None = Field(default=None, ge=0, lt=1)
 
 
 class Autoencoder(Section):
     """The VAE: `from` a model folder, or trained on the data as described here."""
 
-    source: str | None = Field(None, alias="from", description="model folder (or hub id) to take the VAE from")
-    latent_channels: int = Field(8, ge=1)
-    channels: tuple[int, ...] = Field((16, 32, 64, 128), min_length=1, description="per level; each level halves the side")
-    layers_per_block: int = Field(1, ge=0)
-    norm_groups: int = Field(4, ge=1)
+    source: str | None = Field(default=None, alias="from", description="model folder (or hub id) to take the VAE from")
+    latent_channels: int = Field(default=8, ge=1)
+    channels: tuple[int, ...] = Field(
+        default=(16, 32, 64, 128), min_length=1, description="per level; each level halves the side"
+    )
+    layers_per_block: int = Field(default=1, ge=0)
+    norm_groups: int = Field(default=4, ge=1)
     mid_attention: bool = False
-    initialise: Literal["default", "residual", "patch"] = "residual"
-    patch: int | None = Field(None, ge=8, description="train on random square cuts of this side (null: whole pictures)")
+    initialise: Literal["default", "residual"] = "residual"
+    patch: int | None = Field(
+        default=None, ge=8, description="train on random square cuts of this side (null: whole pictures)"
+    )
+    patch_tries: int = Field(
+        default=1, ge=1, description="squares to choose from, for each picture the one with most contrast"
+    )
     loss: Literal["l1", "l2"] = "l1"
-    kl_weight: float = Field(1e-6, ge=0)
-    perceptual_weight: float = Field(0.0, ge=0, description="weight of the VGG feature distance")
-    perceptual_weights: str | None = Field(None, description="VGG16 weights: a safetensors file, or `imagenet`")
-    critic_weight: float = Field(0.0, ge=0, description="weight of the adversarial loss")
-    critic_start: int = Field(0, ge=0, description="step at which the adversarial phase begins")
-    critic_channels: int = Field(32, ge=8)
+    kl_weight: float = Field(default=1e-6, ge=0)
+    perceptual_weight: float = Field(default=0.0, ge=0, description="weight of the VGG feature distance")
+    perceptual_weights: str | None = Field(default=None, description="VGG16 weights: a safetensors file, or `imagenet`")
+    critic_weight: float = Field(default=0.0, ge=0, description="weight of the adversarial loss")
+    critic_start: int = Field(default=0, ge=0, description="step at which the adversarial phase begins")
+    critic_channels: int = Field(default=32, ge=8)
     train: StageTrain = StageTrain()
 
 
 class ImageTower(Section):
     """CLIP's image tower: a small vision transformer."""
 
-    patch: int = Field(8, ge=1)
-    width: int = Field(128, ge=8)
-    layers: int = Field(4, ge=1)
-    heads: int = Field(4, ge=1)
+    patch: int = Field(default=8, ge=1)
+    width: int = Field(default=128, ge=8)
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=4, ge=1)
 
 
 class TextEncoder(Section):
     """CLIP: `from` a model folder, or two towers trained contrastively on the captions."""
 
-    source: str | None = Field(None, alias="from", description="model folder (or hub id) to take the text encoder from")
-    width: int = Field(128, ge=8)
-    layers: int = Field(3, ge=1)
-    heads: int = Field(4, ge=1)
-    context_length: int = Field(24, ge=4, description="tokens a caption is padded or cut to, markers included")
-    vocab_size: int = Field(1024, ge=300, description="size of the byte-pair vocabulary learned from the captions")
-    embed_dim: int = Field(128, ge=8)
+    source: str | None = Field(
+        default=None, alias="from", description="model folder (or hub id) to take the text encoder from"
+    )
+    width: int = Field(default=128, ge=8)
+    layers: int = Field(default=3, ge=1)
+    heads: int = Field(default=4, ge=1)
+    context_length: int = Field(default=24, ge=4, description="tokens a caption is padded or cut to, markers included")
+    vocab_size: int = Field(
+        default=1024, ge=514, description="size of the byte-pair vocabulary learned from the captions"
+    )
+    embed_dim: int = Field(default=128, ge=8)
     image: ImageTower = ImageTower()
     train: StageTrain = StageTrain()
 
@@ -94,74 +111,91 @@ class TextEncoder(Section):
 class UNet(Section):
     """The denoising network: `from` a model folder (fine-tuning), or new."""
 
-    source: str | None = Field(None, alias="from", description="model folder (or hub id) to start from")
-    channels: tuple[int, ...] = Field((96, 192), min_length=1)
-    layers_per_block: int = Field(2, ge=1)
-    attention: tuple[bool, ...] = Field((True, True), description="cross-attention at this level?")
-    heads: int = Field(4, ge=1)
-    transformer_layers: int = Field(1, ge=1)
-    norm_groups: int = Field(32, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    source: str | None = Field(default=None, alias="from", description="model folder (or hub id) to start from")
+    channels: tuple[int, ...] = Field(default=(96, 192), min_length=1)
+    layers_per_block: int = Field(default=2, ge=1)
+    attention: tuple[bool, ...] = Field(default=(True, True), description="cross-attention at this level?")
+    heads: int = Field(default=4, ge=1)
+    transformer_layers: int = Field(default=1, ge=1)
+    norm_groups: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     attention_kernel: Literal["auto", "math", "flash"] = "auto"
 
 
 class Diffusion(Section):
     """The noising process, what the network predicts, and how it is taught."""
 
-    target: Literal["eps", "v", "x0", "flow"] | None = Field(None, description="null: v, or what unet.from predicts")
-    schedule: Literal["linear", "scaled_linear", "cosine"] = Field(
-        "scaled_linear", description="of a new network, unless it predicts flow"
+    target: Literal["eps", "v", "x0", "flow"] | None = Field(
+        default=None, description="null: v, or what unet.from predicts"
     )
-    beta_start: float = Field(0.00085, gt=0, lt=1)
-    beta_end: float = Field(0.012, gt=0, lt=1)
-    density: Literal["uniform", "logit_normal"] = Field("uniform", description="how training draws noise levels")
+    schedule: Literal["linear", "scaled_linear", "cosine"] = Field(
+        default="scaled_linear", description="of a new network, unless it predicts flow"
+    )
+    beta_start: float = Field(default=0.00085, gt=0, lt=1)
+    beta_end: float = Field(default=0.012, gt=0, lt=1)
+    density: Literal["uniform", "logit_normal"] = Field(
+        default="uniform", description="how training draws noise levels"
+    )
     density_mean: float = 0.0
-    density_std: float = Field(1.0, gt=0)
+    density_std: float = Field(default=1.0, gt=0)
     weight: Literal["unit", "min_snr", "snr"] = "min_snr"
-    min_snr_gamma: float = Field(5.0, gt=0)
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions replaced by the empty one")
+    min_snr_gamma: float = Field(default=5.0, gt=0)
+    caption_dropout: float = Field(default=0.1, ge=0, le=1, description="share of captions replaced by the empty one")
 
 
 class Train(Section):
     """The loop. These are the U-Net's settings; `autoencoder.train` and `text_encoder.train` may differ from them."""
 
-    steps: int = Field(1000, ge=1)
-    global_batch: int = Field(64, ge=1, description="examples a step, over all processes and micro-batches")
-    micro_batch: int | None = Field(None, ge=1, description="examples of one forward pass (null: the process's share)")
-    learning_rate: float = Field(1e-3, gt=0)
+    steps: int = Field(default=1000, ge=1)
+    global_batch: int = Field(default=64, ge=1, description="examples a step, over all processes and micro-batches")
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="examples of one forward pass (null: the process's share)"
+    )
+    learning_rate: float = Field(default=1e-3, gt=0)
     schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
-    warmup_steps: int = Field(50, ge=0)
-    final_learning_rate: float = Field(0.0, ge=0, le=1, description="where cosine and linear end, as a share of the peak")
-    weight_decay: float = Field(0.01, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.99, ge=0, lt=1)
-    grad_clip: float = Field(1.0, gt=0)
-    ema_decay: float = Field(0.995, ge=0, lt=1)
+    warmup_steps: int = Field(default=50, ge=0)
+    final_learning_rate: float = Field(
+        default=0.0, ge=0, le=1, description="where cosine and linear end, as a share of the peak"
+    )
+    weight_decay: float = Field(default=0.01, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    grad_clip: float = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.995, ge=0, lt=1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    processes: int | None = Field(None, ge=1, description="refuse to train unless exactly so many processes are found")
-    log_every: int = Field(10, ge=1)
-    save_every: int = Field(500, ge=1)
-    keep_last: int = Field(2, ge=1, description="checkpoints kept per stage")
+    processes: int | None = Field(
+        default=None, ge=1, description="refuse to train unless exactly so many processes are found"
+    )
+    log_every: int = Field(default=10, ge=1)
+    save_every: int = Field(default=500, ge=1)
+    keep_last: int = Field(default=2, ge=1, description="checkpoints kept per stage")
 
 
 class Preview(Section):
     """Pictures drawn while training: the same prompts and seeds every time."""
 
-    every: int = Field(500, ge=1)
-    prompts: tuple[str, ...] = ("a red circle", "two green stars", "a blue square above a yellow heart", "a large pink cross")
+    every: int = Field(default=500, ge=1)
+    prompts: tuple[str, ...] = (
+        "a red circle",
+        "two green stars",
+        "a blue square above a yellow heart",
+        "a large pink cross",
+    )
     negative_prompt: str = ""
-    num: int = Field(2, ge=1, description="pictures a prompt")
+    num: int = Field(default=2, ge=1, description="pictures a prompt")
     seed: int = 0
-    num_inference_steps: int = Field(20, ge=1)
-    guidance_scale: float = Field(4.0, ge=0)
+    num_inference_steps: int = Field(default=20, ge=1)
+    guidance_scale: float = Field(default=4.0, ge=0)
     sampler: str = "dpmpp_2m"
 
 
 class Recipe(Section):
     """One training job, whole."""
 
-    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run folder: runs/NAME")
-    seed: int = Field(0, ge=0)
+    name: str = Field(
+        default="run", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run folder: runs/NAME"
+    )
+    seed: int = Field(default=0, ge=0)
     data: Data = Data()
     autoencoder: Autoencoder = Autoencoder()
     text_encoder: TextEncoder = TextEncoder()
@@ -174,6 +208,11 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if self.data.source == "folder" and not self.data.path:
             raise ValueError("data.path: say which folder holds the pictures (data.path=my_pictures)")
+        if self.text_encoder.train.micro_batch is not None:
+            raise ValueError(
+                "text_encoder.train.micro_batch: the contrastive loss needs its whole batch at once; "
+                "lower text_encoder.train.global_batch instead"
+            )
         if len(self.unet.channels) != len(self.unet.attention):
             raise ValueError("unet.attention: give one true/false for each of unet.channels")
         factor = 2 ** (len(self.autoencoder.channels) - 1)
@@ -184,4 +223,5 @@ class Recipe(Section):
     def stage_train(self, stage: str) -> Train:
         """The training settings of a stage: its own where given, `train`'s otherwise."""
         own = {"vae": self.autoencoder.train, "clip": self.text_encoder.train}.get(stage, StageTrain())
-        return self.train.model_copy(update=own.model_dump(exclude_none=True))
+        values = own.model_dump(exclude_none=True)
+        return self.train.model_copy(update=values | ({"micro_batch": None} if stage == "clip" else {}))

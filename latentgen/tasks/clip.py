@@ -31,7 +31,7 @@ class ClipTask:
     def __init__(self, clip: Clip, tokenizer: CLIPTokenizer, held_out: tuple[Tensor, list[str]]) -> None:
         self.tokenizer, self.held_out = tokenizer, held_out
         self.modules: dict[str, nn.Module] = {"clip": ClipForTraining(clip)}
-        self.averaged = ("clip",)
+        self.averaged: tuple[str, ...] = ("clip",)
         self._device_of = clip.logit_scale
 
     def phases(self) -> tuple[Phase, ...]:
@@ -62,8 +62,10 @@ class ClipTask:
 def finish_clip(averaged: nn.Module, tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write the text tower as transformers knows it, the tokenizer, and both towers as they are."""
     assert isinstance(averaged, ClipForTraining)
-    assert tokenizer.bos_token_id is not None and tokenizer.pad_token_id is not None
-    text = to_transformers(averaged.clip, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
+    bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+    assert isinstance(bos, int)
+    assert isinstance(pad, int)
+    text = to_transformers(averaged.clip, bos_token_id=bos, pad_token_id=pad)
 
     def fill(aside: Path) -> None:
         text.save_pretrained(aside / "text_encoder")

@@ -56,18 +56,26 @@ class DiffusionTask:
         model: the networks; only the U-Net is trained, the others draw previews.
         previews: pictures drawn at every preview.
         columns: how many of them share a prompt and so a row.
-        kernel: attention kernel while training ("auto" measures nothing, it knows).
+        kernel: attention kernel while training, as `models.unet.attention_kernel` names them.
+        dtype: what the U-Net computes in, which decides the kernel that "auto" takes.
     """
 
     name = "unet"
 
     def __init__(
-        self, model: Model, objective: Objective, previews: Sequence[Request], columns: int, kernel: str = "auto"
+        self,
+        model: Model,
+        objective: Objective,
+        previews: Sequence[Request],
+        *,
+        columns: int,
+        kernel: str = "auto",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model, self.objective, self.previews, self.columns = model, objective, previews, columns
-        self.kernel = kernel
+        self.kernel, self.dtype = kernel, dtype
         self.modules: dict[str, nn.Module] = {"unet": model.unet}
-        self.averaged = ("unet",)
+        self.averaged: tuple[str, ...] = ("unet",)
 
     def phases(self) -> tuple[Phase, ...]:
         """One optimizer for the U-Net."""
@@ -90,8 +98,9 @@ class DiffusionTask:
         c = p.scalings(d.sigma)
         x = d.x0 + per_example(d.sigma, d.noise) * d.noise
         unet = self.modules["unet"]
-        with attention_kernel(self.kernel, device=x.device, training=True):
-            prediction = unet(per_example(c.c_in, x) * x, c.c_noise, encoder_hidden_states=d.context, return_dict=False)[0]
+        with attention_kernel(self.kernel, device=x.device, dtype=self.dtype, training=True):
+            x_in = per_example(c.c_in, x) * x
+            prediction = unet(x_in, c.c_noise, encoder_hidden_states=d.context, return_dict=False)[0]
         target = p.target(d.x0, d.noise, d.sigma)
         error = denoising_loss(prediction.float(), target, torch.ones_like(d.sigma))
         return {"loss": (error * self.objective.weight(d.sigma, p)).mean(), "error": error.mean()}

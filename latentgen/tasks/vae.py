@@ -62,9 +62,10 @@ class VaeTask:
 
     def __init__(self, vae: AutoencoderKL, losses: VaeLosses, held_out: Tensor) -> None:
         self.vae, self.weights, self.held_out = vae, losses, held_out
-        trained = AutoencoderForTraining(vae)
+        # On the CPU the narrow full-size convolutions run several times faster in this layout.
+        trained = AutoencoderForTraining(vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.modules: dict[str, nn.Module] = {"vae": trained}
-        self.averaged = ("vae",)
+        self.averaged: tuple[str, ...] = ("vae",)
         self._last_layer = trained.last_layer
         if losses.critic > 0:
             self.modules["critic"] = PatchCritic(losses.critic_channels)

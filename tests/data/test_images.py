@@ -1,4 +1,4 @@
-"""Every kind of picture against a reference computed here with numpy from the numbers that were written into the file."""
+"""Every kind of picture against a reference computed here, with numpy, from the numbers written into the file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from latentgen.core.errors import UserError
 from latentgen.data.images import BadPicture, decode, fit
@@ -257,6 +257,19 @@ def test_srgb_profile_changes_nothing():
     np.testing.assert_array_equal(pixels(saved(Image.fromarray(RGB), "PNG", icc_profile=srgb_profile())), RGB)
 
 
+def test_nearly_srgb_profile_changes_nothing():
+    """Rounding in somebody's copy of sRGB must not disturb the pixels."""
+    profile = srgb_profile()
+    at = struct.unpack(">I", profile[profile.index(b"rXYZ") + 4 :][:4])[0] + 11
+    nudged = profile[:at] + bytes([profile[at] ^ 0x10]) + profile[at + 1 :]
+    by_lcms = ImageCms.profileToProfile(
+        Image.fromarray(RGB), io.BytesIO(nudged), ImageCms.createProfile("sRGB"), outputMode="RGB"
+    )
+    assert by_lcms is not None
+    assert 0 < np.abs(np.asarray(by_lcms).astype(int) - RGB).max() <= 1
+    np.testing.assert_array_equal(pixels(saved(Image.fromarray(RGB), "PNG", icc_profile=nudged)), RGB)
+
+
 def test_profile_is_applied_before_alpha():
     """A profile whose red and blue primaries are exchanged must exchange red and blue."""
     swapped = srgb_profile()
@@ -288,6 +301,15 @@ def test_truncated(kind):
         with pytest.raises(BadPicture) as caught:
             decode(content[: int(len(content) * share)])
         assert str(caught.value)
+
+
+def test_truncated_where_another_library_made_pillow_lenient(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    for kind in ("PNG", "JPEG"):
+        content = saved(Image.fromarray(RGB), kind)
+        with pytest.raises(BadPicture):
+            decode(content[: len(content) // 2])
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
 @pytest.mark.parametrize("short_side", [None, 32])

@@ -19,6 +19,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentgen.diffusion.parameterization import NoiseTable
@@ -114,6 +115,15 @@ def test_folders_of_diffusers_open_here(scheduler: Any, prediction: str, table: 
         assert torch.equal(ours, theirs)
         torch.testing.assert_close(model.unet(x, t, ours).sample, pipeline.unet(x, t, theirs).sample)
         torch.testing.assert_close(decode(model.vae, x), pipeline.vae.decode(x / 0.3).sample)
+
+
+def test_text_encoders_with_the_keys_of_older_versions_open(tmp_path: Path) -> None:
+    foreign_pipeline(DDIMScheduler(**SD, steps_offset=1, clip_sample=False)).save_pretrained(tmp_path)
+    weights = tmp_path / "text_encoder" / "model.safetensors"
+    new = load_file(weights)
+    save_file({f"text_model.{name}": tensor for name, tensor in new.items()}, weights, metadata={"format": "pt"})
+    loaded = load_model(tmp_path).text_encoder.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in new.items())
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0", "flow"])

@@ -1,9 +1,10 @@
-"""The embedded data set: a world of coloured shapes with captions. Nothing to download, and every caption can be judged exactly.
+"""The embedded data set: a world of coloured shapes with captions. Nothing to download; captions can be judged exactly.
 
-Example number -> (picture, caption, scene) is a pure function of the seed, the split and the number. Pictures are 64x64 RGB,
-antialiased. One to four objects out of six shapes, eight colours and two sizes stand on a white or gray background; the
-categories mirror GenEval (arXiv 2310.11513). Twelve (shape, colour) pairs and a tenth of the pairs of objects are never shown
-in the training split, so that composition can be measured (`shapes_scene.HELDOUT_KINDS`, `shapes_scene.heldout_pairs`).
+Example number -> (picture, caption, scene) is a pure function of the seed, the split and the number. Pictures are
+64x64 RGB, antialiased. One to four objects out of six shapes, eight colours and two sizes stand on a white or gray
+background; the categories mirror GenEval (arXiv 2310.11513). Twelve (shape, colour) pairs and a tenth of the pairs of
+objects are never shown in the training split, so that composition can be measured (`shapes_scene.HELDOUT_KINDS`,
+`shapes_scene.heldout_pairs`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Example:
-    """One example: `image` uint8 [resolution, resolution, 3] RGB, its true `captions` (the first is the default), its scene."""
+    """`image` uint8 [resolution, resolution, 3] RGB, its true `captions` (the first is the default), and the scene."""
 
     image: np.ndarray
     captions: tuple[str, ...]

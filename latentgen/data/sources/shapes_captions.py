@@ -1,10 +1,11 @@
 """The small grammar of captions: requirement -> words, words -> requirement, and what a scene lets one say.
 
-A requirement is what a caption asks for, no more. `parse(phrase(requirement, draws))` is the same requirement, for every
-phrasing; the judge reads captions through `parse` alone.
+A requirement is what a caption asks for, no more. `parse(phrase(requirement, draws))` is the same requirement, for
+every phrasing; the judge reads captions through `parse` alone.
 
     caption     = [prefix] things [" on a " background " background" | " against a " ...]
-    things      = object | group | object (" and " | " with ") object | object relation object | object " with " object relation " it"
+    things      = object | group | object (" and " | " with ") object
+                | object relation object | object " with " object relation " it"
     object      = ("a" | "an" | "one") [size] [colour] shape [" that is " colour]
     group       = ("two" | "three" | "four") [size] [colour] shapes
 """
@@ -52,7 +53,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Requirement:
-    """What a caption asks for: one object, `count` of one kind, or two objects, perhaps with a relation of first to second."""
+    """What a caption asks for: one object, `count` of one kind, or two objects, perhaps with a relation."""
 
     wanted: tuple[Wanted, ...]
     count: int = 1
@@ -230,7 +231,7 @@ def holds(requirement: Requirement, scene: Scene) -> bool:
 
 
 def alterations(requirement: Requirement) -> list[tuple[str, Requirement]]:
-    """Every requirement that differs in one attribute, as (attribute, requirement); all false where the original is true.
+    """Every requirement that differs in one attribute, as (attribute, requirement): false where the original is true.
 
     Attributes: shape, colour, size, count, relation, background, and swap (the colours of two objects exchanged).
     """
@@ -238,7 +239,7 @@ def alterations(requirement: Requirement) -> list[tuple[str, Requirement]]:
     wanted = requirement.wanted
 
     def with_object(index: int, other: Wanted) -> Requirement:
-        return replace(requirement, wanted=wanted[:index] + (other,) + wanted[index + 1 :])
+        return replace(requirement, wanted=(*wanted[:index], other, *wanted[index + 1 :]))
 
     def others(options: Sequence[str], word: str | None) -> list[str]:
         return [option for option in options if word is not None and option != word]

@@ -149,7 +149,7 @@ def _two(draws: Draws, split: str, category: str) -> Layout:
 
 
 def _place_two(draws: Draws, radius_a: float, radius_b: float, clear: bool) -> list[Box]:
-    """Two boxes apart along one axis; `clear` keeps the other axis small enough for `relation_of` to name the relation."""
+    """Two boxes apart along one axis; `clear` keeps them close enough across it for `relation_of` to have an answer."""
     relation = draws.pick(RELATIONS)
     low, high = (radius_a, radius_b) if relation in ("above", "left of") else (radius_b, radius_a)
     room = SIDE - 2 * MARGIN

@@ -1,8 +1,8 @@
 """Scene -> picture: analytic signed distances, evaluated inside each object's bounding box only.
 
-Every shape is centred on its bounding box, whose larger half-side is `radius`. A distance function takes pixel coordinates
-relative to that centre and returns the signed distance to the outline (negative inside), exact near the straight and round
-parts of the outline, which is all that one pixel of antialiasing needs.
+Every shape is centred on its bounding box, whose larger half-side is `radius`. A distance function takes pixel
+coordinates relative to that centre and returns the signed distance to the outline (negative inside), exact near the
+straight and round parts of the outline, which is all that one pixel of antialiasing needs.
 """
 
 from __future__ import annotations

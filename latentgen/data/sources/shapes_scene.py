@@ -27,7 +27,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (250, 250, 250), "gray": (150, 150, 150)}
 
-# Half of the larger side of an object's bounding box. The gap between the two classes makes "small" and "large" judgeable.
+# Half of the larger side of an object's bounding box. The gap between the classes lets "small" and "large" be judged.
 RADII: dict[str, tuple[float, float]] = {"small": (6.5, 8.5), "large": (12.0, 14.5)}
 
 # GenEval's six categories (Ghosh et al. 2023, arXiv 2310.11513).
@@ -62,7 +62,7 @@ HELDOUT_KINDS: frozenset[Kind] = frozenset(
 
 @dataclass(frozen=True)
 class Item:
-    """One object: its words, its centre `(x, y)` (of its bounding box) and its radius, in 1/64 of the picture's side."""
+    """One object: its words, the centre `(x, y)` of its bounding box and its radius, in 1/64 of the picture's side."""
 
     shape: str
     colour: str
@@ -78,7 +78,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a picture shows. `items` is one object, two of different shapes, or two to four of one kind and size."""
+    """All that a picture shows; `items` is one object, two of different shapes, or two to four of one kind and size."""
 
     category: str
     background: str
@@ -104,8 +104,8 @@ def pair_of(a: Kind, b: Kind) -> tuple[Kind, Kind]:
 def heldout_pairs() -> frozenset[tuple[Kind, Kind]]:
     """The 54 unordered pairs of seen kinds that never stand in one training picture.
 
-    There are 540 unordered pairs of seen kinds with different shapes; the tenth with the smallest hash is held out. Sizes,
-    places and backgrounds play no part. Either kind of a held-out pair alone is an ordinary training object.
+    There are 540 unordered pairs of seen kinds with different shapes; the tenth with the smallest hash is held out.
+    Sizes, places and backgrounds play no part. Either kind of a held-out pair alone is an ordinary training object.
     """
     pairs = [pair_of(a, b) for a, b in combinations(seen_kinds(), 2) if a[0] != b[0]]
     pairs.sort(key=lambda pair: hashlib.blake2b(repr(pair).encode(), digest_size=8).digest())
@@ -127,8 +127,8 @@ def scene_is_heldout(scene: Scene) -> bool:
 def relation_of(a: Item, b: Item) -> str | None:
     """How `a` lies to `b` ("above", ...) where that is beyond dispute, else None.
 
-    Beyond dispute: the bounding boxes are apart along that axis and the centres are at least 1.8 times as far apart along it
-    as across it. At most one relation holds.
+    Beyond dispute: the bounding boxes are apart along that axis and the centres are at least 1.8 times as far apart
+    along it as across it. At most one relation holds.
     """
     dx, dy = a.x - b.x, a.y - b.y
     apart = a.radius + b.radius

@@ -1,0 +1,43 @@
+"""Mistakes become one line and an exit code; only faults of the program itself show a traceback."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+
+import typer
+
+from latentgen.core.errors import Interrupted, UserError
+
+USER_ERROR, NOT_FINITE, INTERRUPTED = 2, 3, 130
+"""Exit codes: the user's to mend; training went wrong and stopped itself; stopped on request, state saved."""
+
+
+def guarded(program: Callable[[], object]) -> None:
+    """Run a whole program and end the process with the exit code that says how it went."""
+    try:
+        program()
+    except UserError as error:
+        _leave(f"error: {error}", USER_ERROR)
+    except FloatingPointError as error:
+        _leave(f"error: {error}", NOT_FINITE)
+    except Interrupted as stop:
+        _leave(str(stop), INTERRUPTED)
+    except KeyboardInterrupt:
+        _leave("interrupted", INTERRUPTED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _leave(f"error: {error.strerror}{where}; mend that and run the same command again", USER_ERROR)
+
+
+def _leave(line: str, code: int) -> None:
+    print(line, file=sys.stderr)
+    raise SystemExit(code)
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a typer app under `guarded`; its own usage errors exit with 2 as well."""
+    guarded(lambda: app())

@@ -1,0 +1,34 @@
+"""The `latentgen` command: one verb per job."""
+
+from __future__ import annotations
+
+import typer
+
+from latentgen.cli import evaluate, recipe
+from latentgen.cli.errors import run_app
+from latentgen.cli.sample import sample
+from latentgen.cli.train import train
+
+app = typer.Typer(
+    help="Train, fine-tune and sample text-to-image latent diffusion models.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(train)
+app.command()(sample)
+app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(recipe.app, name="recipe")
+
+
+def run() -> None:
+    """Entry point of the `latentgen` command."""
+    run_app(app)
+
+
+def run_verb(verb: str) -> None:
+    """Entry point of the top-level scripts: the same options as `latentgen VERB`."""
+    single = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+    single.command()({"train": train, "sample": sample}[verb])
+    run_app(single)

@@ -1,0 +1,108 @@
+"""`latentgen sample` and `sample.py`: prompts to pictures."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from latentgen.core.errors import UserError
+from latentgen.core.log import setup_logging
+from latentgen.core.runfolder import newest_finished
+
+SHIPPED = Path(__file__).resolve().parents[2] / "data" / "shapes-model"
+
+logger = logging.getLogger("latentgen.sample")
+
+
+def find_model(runs: Path) -> Path:
+    """The model to use when none is named: the newest finished run, else the shipped one.
+
+    Raises:
+        UserError: neither exists.
+    """
+    newest = newest_finished(runs)
+    found = newest or (SHIPPED if SHIPPED.is_dir() else None)
+    if found is None:
+        raise UserError(f"no model: {runs}/ holds no finished run; train one, or say --model FOLDER")
+    logger.info("model: %s", found)
+    return found
+
+
+def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
+    """The prompts of the command line, then those of the file, one a line (empty lines and # comments left out).
+
+    Raises:
+        UserError: no prompt at all, or no such file.
+    """
+    found = list(prompts)
+    if file is not None:
+        if not file.is_file():
+            raise UserError(f"--prompts {file}: no such file; it should hold one prompt a line")
+        lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+        found += [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise UserError('no prompt: write one, as in `python sample.py "a red circle"`, or say --prompts FILE')
+    return found
+
+
+def sample(
+    prompts: Annotated[list[str] | None, typer.Argument(help="What to draw; several prompts may follow.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option("--prompts", help="File with one prompt a line.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder (diffusers layout); default: the newest run.")
+    ] = None,
+    num: Annotated[int, typer.Option(help="Pictures a prompt.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(help="1: none; more follows the prompt harder.")] = 4.0,
+    negative_prompt: Annotated[str, typer.Option(help="What to stay away from.")] = "",
+    sampler: Annotated[str, typer.Option(help="ddim, euler, heun or dpmpp_2m.")] = "dpmpp_2m",
+    schedule: Annotated[str | None, typer.Option(help="Noise levels to visit; default: the model's own.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; default: what the model was trained on.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; default: what the model was trained on.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures drawn together.")] = 8,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: a GPU when there is one.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("samples"),
+    grid: Annotated[bool, typer.Option("--grid", help="Also write grid.png with all of them.")] = False,
+    runs: Annotated[Path, typer.Option(help="Where to look for the newest run.")] = Path("runs"),
+) -> None:
+    """Draw pictures; each PNG carries everything needed to draw it again."""
+    setup_logging()
+    wanted = read_prompts(prompts or [], prompts_file)
+    if num < 1:
+        raise UserError(f"--num {num}: must be at least 1")
+    folder = model or find_model(runs)
+    from latentgen.cli.drawing import draw_to_folder, open_model
+
+    opened = open_model(folder, device, dtype)
+    from latentgen.pipelines.generate import Request, check
+
+    side = opened.default_side
+    requests = [
+        Request(
+            prompt,
+            negative_prompt=negative_prompt,
+            seed=seed + number,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            schedule=schedule,
+            height=height or side,
+            width=width or side,
+        )
+        for prompt in wanted
+        for number in range(num)
+    ]
+    for request in requests:
+        check(request, opened.model)
+    with tqdm(total=steps * len(requests), unit="step", desc="drawing") as bar:
+        paths = draw_to_folder(
+            opened, requests, out, batch_size=batch_size, on_step=bar.update, columns=num if grid else 0
+        )
+    for path in paths:
+        typer.echo(path)

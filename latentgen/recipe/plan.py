@@ -1,0 +1,162 @@
+"""What a recipe will cost, before anything is trained: parameters, steps, FLOPs, disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from latentgen.core.log import counted
+from latentgen.formats.model_folder import Model, load_model
+from latentgen.models.autoencoder import AutoencoderForTraining, factor
+from latentgen.models.clip import ClipForTraining
+from latentgen.models.unet import count_parameters
+from latentgen.recipe import build
+from latentgen.recipe.load import dump_recipe
+from latentgen.recipe.schema import Recipe
+
+PROBE = 2
+"""Examples of the counted forward pass; FLOPs are proportional to it."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: `steps` of `global_batch`, each costing `flops_per_step`; `disk` bytes of checkpoints and results."""
+
+    name: str
+    parameters: int
+    steps: int
+    global_batch: int
+    flops_per_step: float
+    disk: int
+
+    @property
+    def flops(self) -> float:
+        return self.steps * self.flops_per_step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a recipe will do."""
+
+    stages: tuple[StagePlan, ...]
+    cache_flops: float
+    cache_disk: int
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of training and caching, as torch's FlopCounterMode counts them (multiply and add are two)."""
+        return sum(stage.flops for stage in self.stages) + self.cache_flops
+
+    @property
+    def disk(self) -> int:
+        return sum(stage.disk for stage in self.stages) + self.cache_disk
+
+    def table(self) -> str:
+        """The plan for a reader."""
+        lines = [f"{'stage':<8}{'parameters':>12}{'steps':>8}{'batch':>7}{'FLOP/step':>12}{'FLOP':>12}{'disk MiB':>10}"]
+        for s in self.stages:
+            lines.append(
+                f"{s.name:<8}{counted(s.parameters):>12}{s.steps:>8}{s.global_batch:>7}"
+                f"{s.flops_per_step:>12.2e}{s.flops:>12.2e}{s.disk / 2**20:>10.0f}"
+            )
+        lines.append(f"{'caches':<8}{'':>39}{self.cache_flops:>12.2e}{self.cache_disk / 2**20:>10.0f}")
+        lines.append(f"{'total':<8}{'':>39}{self.flops:>12.2e}{self.disk / 2**20:>10.0f}")
+        return "\n".join(lines)
+
+
+def flops_of(run: Callable[[], object]) -> float:
+    """FLOPs of what `run` computes, by torch's own counter; on meta tensors nothing is really computed."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def _training_flops(module: nn.Module, *inputs: Tensor, **named: Tensor) -> float:
+    """FLOPs of one forward and backward pass of one example."""
+
+    def run() -> None:
+        out = module(*inputs, **named)
+        parts = out if isinstance(out, tuple) else (out.sample,)
+        sum((part.float().sum() for part in parts), torch.zeros((), device="meta")).backward()
+
+    return flops_of(run) / PROBE
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Count a recipe's cost on meta tensors.
+
+    Raises:
+        UserError: the recipe's parts do not fit together, or a `from:` folder or the data are missing.
+    """
+    examples = len(build.source(recipe))
+    side, stages = recipe.data.resolution, []
+    with torch.device("meta"):
+        vae, model = _vae(recipe), None
+        image = torch.empty(PROBE, 3, side, side)
+        if recipe.autoencoder.source is None:
+            shown = recipe.autoencoder.patch or side
+            latent = torch.empty(PROBE, vae.config["latent_channels"], shown // factor(vae), shown // factor(vae))
+            flops = _training_flops(AutoencoderForTraining(vae), torch.empty(PROBE, 3, shown, shown), latent)
+            stages.append(_stage(recipe, "vae", vae, flops))
+        width, length, text_flops = _text(recipe, image, stages)
+        if recipe.unet.source is None:
+            unet = build.new_unet(recipe, vae, width)
+        else:
+            model = load_model(Path(recipe.unet.source))
+            unet = _on_meta(model.unet)
+        reduced = side // factor(vae)
+        latents = torch.empty(PROBE, vae.config["latent_channels"], reduced, reduced)
+        flops = _training_flops(
+            unet.train(), latents, torch.empty(PROBE), encoder_hidden_states=torch.empty(PROBE, length, width)
+        )
+        stages.append(_stage(recipe, "unet", unet, flops))
+        pictures = examples * (1 + recipe.data.flip)
+        encode = flops_of(lambda: vae.encode(image)) / PROBE
+    captions = examples * (recipe.data.captions or 4)  # an upper guess: equal captions are cached once
+    disk = 2 * (pictures * 2 * latents[0].numel() + captions * length * width)
+    return Plan(tuple(stages), pictures * encode + captions * text_flops, disk)
+
+
+def _on_meta(network: nn.Module) -> Any:
+    return network.to("meta")
+
+
+def _stage(recipe: Recipe, name: str, module: nn.Module, flops: float) -> StagePlan:
+    train, parameters = recipe.stage_train(name), count_parameters(module)
+    # Weights, their average and Adam's two moments, in float32; one checkpoint more than is kept exists while saving.
+    disk = 4 * parameters * (4 * (train.keep_last + 1) + 2)
+    return StagePlan(name, parameters, train.steps, train.global_batch, flops * train.global_batch, disk)
+
+
+def _vae(recipe: Recipe) -> AutoencoderKL:
+    if recipe.autoencoder.source is not None:
+        return _on_meta(load_model(Path(recipe.autoencoder.source)).vae)
+    return build.new_vae(recipe)
+
+
+def _text(recipe: Recipe, image: Tensor, stages: list[StagePlan]) -> tuple[int, int, float]:
+    """Width and length of the text states, and FLOPs of one; plans the CLIP stage when it is trained."""
+    if recipe.text_encoder.source is not None:
+        model: Model = load_model(Path(recipe.text_encoder.source))
+        length = model.tokenizer.model_max_length
+        encoder = _on_meta(model.text_encoder)
+        tokens = torch.zeros(PROBE, length, dtype=torch.long, device="meta")
+        flops = flops_of(lambda: encoder(input_ids=tokens)) / PROBE
+        return encoder.config.hidden_size, length, flops
+    t = recipe.text_encoder
+    clip = build.new_clip(recipe, t.vocab_size, t.vocab_size - 1)
+    tokens = torch.zeros(PROBE, t.context_length, dtype=torch.long)
+    stages.append(_stage(recipe, "clip", clip, _training_flops(ClipForTraining(clip), image, tokens)))
+    return t.width, t.context_length, flops_of(lambda: clip.encode_text(tokens)) / PROBE
+
+
+def describe(recipe: Recipe) -> str:
+    """The resolved recipe and its plan, as `--dry-run` prints them."""
+    return f"{dump_recipe(recipe)}\n{make_plan(recipe).table()}"
