@@ -87,9 +87,8 @@ def acceptance(name: str, damage: Damage, scenes: int) -> None:
             fooled[attribute] += judge(detection, changed).ok
     wrong = ", ".join(f"{attribute} {100 * fooled[attribute] / asked[attribute]:.2f}" for attribute in sorted(asked))
     total = 100 * fooled.total() / asked.total()
-    print(
-        f"{name:10} accepts {100 * passed / true:6.2f}% of {true} true captions, {total:.3f}% of {asked.total()} changed"
-    )
+    counts = f"{total:.3f}% of {asked.total()} changed"
+    print(f"{name:10} accepts {100 * passed / true:6.2f}% of {true} true captions, {counts}")
     print(f"{'':10} changed attribute, accepted %: {wrong}; judge {1e3 * seconds / scenes:.2f} ms a picture")
 
 

@@ -42,7 +42,7 @@ def shapes(
     from latentgen.pipelines.generate import Request, generate
 
     opened = open_model(folder, device)
-    prompts = shapes_prompts.quick() if quick else shapes_prompts.standing()
+    prompts = shapes_prompts.standing_prompts(quick=quick)
     side = opened.default_side
     with tqdm(total=len(prompts) * num * steps, unit="step", desc="drawing") as bar:
 
@@ -64,4 +64,4 @@ def shapes(
         report = shapes_report.evaluate(draw, prompts, pictures_per_prompt=num, seed=seed)
     target = out or folder.resolve().parent / "shapes-score"
     shapes_report.write(report, target)
-    typer.echo((target / "report.md").read_text(), nl=False)
+    typer.echo((target / "shapes.md").read_text(), nl=False)

@@ -34,6 +34,7 @@ class PictureBatches:
         source: the examples.
         flip: mirror each picture half of the time.
         patch: side of a random square cut out of each picture; None shows it whole.
+        patch_steps: from this step on pictures are shown whole after all (None: never).
         patch_tries: squares drawn for each picture, of which the one with the most contrast is kept: most of a
             drawing is plain background, which teaches an autoencoder little.
         captions: at most so many captions of an example take part (None: all); 0 leaves captions out.
@@ -42,6 +43,7 @@ class PictureBatches:
     source: Source
     flip: bool = False
     patch: int | None = None
+    patch_steps: int | None = None
     patch_tries: int = 1
     captions: int | None = None
 
@@ -51,7 +53,7 @@ class PictureBatches:
         if self.flip:
             mirrored = draw.uniform("flip") < 0.5
             image[mirrored] = image[mirrored].flip(-1)
-        if self.patch is not None:
+        if self.patch is not None and (self.patch_steps is None or draw.step < self.patch_steps):
             image = self._cut(image, draw, self.patch)
         if self.captions == 0:
             return {"image": image}

@@ -103,11 +103,17 @@ def evaluate(
         other pictures. batch_size: how many pictures are asked for at once.
 
     Raises:
-        UserError: no prompts, or no pictures; a prompt outside the grammar.
+        UserError: no prompts, or no pictures; an unknown category; a prompt outside the grammar.
         ValueError: `draw` returned another number of pictures than it was asked for.
     """
     if not prompts or pictures_per_prompt < 1:
         raise UserError(f"shapes report: {len(prompts)} prompts, {pictures_per_prompt} pictures each; give at least 1")
+    for prompt in prompts:
+        if prompt.category not in CATEGORIES:
+            known = ", ".join(CATEGORIES)
+            raise UserError(
+                f"shapes report: prompt {prompt.text!r} has category {prompt.category!r}; choose one of {known}"
+            )
     shown = _shown_in_grid(prompts, pictures_per_prompt)
     jobs = [(prompt, _seed(seed, prompt, k)) for prompt in prompts for k in range(pictures_per_prompt)]
     outcomes: list[Outcome] = []
@@ -244,7 +250,7 @@ def _cell(row: Row | None) -> str:
 
 
 _RED, _GREEN, _INK, _PAPER = (215, 30, 30), (60, 160, 80), (20, 20, 20), (255, 255, 255)
-_FRAME, _TEXT, _LABEL = 4, 52, 16
+_FRAME, _TEXT, _LABEL = 4, 66, 16
 
 
 def grid(report: Report) -> Image.Image:
@@ -267,6 +273,6 @@ def grid(report: Report) -> Image.Image:
             sheet.paste(report.pictures[place], (x + _FRAME, y + _FRAME))
             if not outcome.ok:
                 pen.text((x, y + edge + 1), "not: " + ", ".join(outcome.failed), fill=_RED, font=font)
-            words = "\n".join(textwrap.wrap(outcome.prompt.text, 24)[:3])
+            words = "\n".join(textwrap.wrap(outcome.prompt.text, 24)[:4])
             pen.text((x, y + edge + (1 if outcome.ok else 14)), words, fill=_INK, font=font, spacing=1)
     return sheet

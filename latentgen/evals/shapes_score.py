@@ -117,9 +117,10 @@ def _judge_count(found: tuple[Found, ...], requirement: Requirement) -> dict[str
     group = [one for one in found if one.shape == wanted.shape]
     unclear = any(one.shape is None for one in found)
     checks = {"count": len(group) == requirement.count and not unclear}
-    if not group:
+    if not found:
         return _both(checks, _nothing(wanted))
-    for one in group:
+    # Where the shape is missing altogether, colour and size are still told of what is there.
+    for one in group or found:
         checks = _both(checks, _details(wanted, one))
     return checks
 

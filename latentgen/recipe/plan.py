@@ -101,9 +101,7 @@ def make_plan(recipe: Recipe) -> Plan:
         vae, model = _vae(recipe), None
         image = torch.empty(PROBE, 3, side, side)
         if recipe.autoencoder.source is None:
-            shown = recipe.autoencoder.patch or side
-            latent = torch.empty(PROBE, vae.config["latent_channels"], shown // factor(vae), shown // factor(vae))
-            flops = _training_flops(AutoencoderForTraining(vae), torch.empty(PROBE, 3, shown, shown), latent)
+            flops = _vae_flops(recipe, vae)
             stages.append(_stage(recipe, "vae", vae, flops))
         width, length, text_flops = _text(recipe, image, stages)
         if recipe.unet.source is None:
@@ -139,6 +137,20 @@ def _vae(recipe: Recipe) -> AutoencoderKL:
     if recipe.autoencoder.source is not None:
         return _on_meta(load_model(Path(recipe.autoencoder.source)).vae)
     return build.new_vae(recipe)
+
+
+def _vae_flops(recipe: Recipe, vae: AutoencoderKL) -> float:
+    """FLOPs of one example, averaged over the steps that show patches and those that show whole pictures."""
+    a, trained, steps = recipe.autoencoder, AutoencoderForTraining(vae), recipe.stage_train("vae").steps
+
+    def of(side: int) -> float:
+        latent = torch.empty(PROBE, vae.config["latent_channels"], side // factor(vae), side // factor(vae))
+        return _training_flops(trained, torch.empty(PROBE, 3, side, side), latent)
+
+    if a.patch is None:
+        return of(recipe.data.resolution)
+    patches = min(a.patch_steps if a.patch_steps is not None else steps, steps) / steps
+    return patches * of(a.patch) + (1 - patches) * of(recipe.data.resolution)
 
 
 def _text(recipe: Recipe, image: Tensor, stages: list[StagePlan]) -> tuple[int, int, float]:

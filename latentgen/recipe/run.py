@@ -136,7 +136,14 @@ class Run:
             pictures = to_tensor([held_out.image(i) for i in range(min(len(held_out), self.recipe.data.holdout))])
             task = VaeTask(build.new_vae(self.recipe), build.vae_losses(self.recipe), pictures)
             a = self.recipe.autoencoder
-            fetch = PictureBatches(self.source, self.recipe.data.flip, a.patch, a.patch_tries, captions=0)
+            fetch = PictureBatches(
+                self.source,
+                flip=self.recipe.data.flip,
+                patch=a.patch,
+                patch_steps=a.patch_steps,
+                patch_tries=a.patch_tries,
+                captions=0,
+            )
             self._stage(
                 task, fetch, lambda loop: finish_vae(loop.averaged["vae"], self.source, self.recipe.seed, result)
             )
@@ -209,5 +216,5 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def train_recipe(recipe: Recipe, root: Path, device: str | None = None) -> Path:
     """Train a recipe, or go on with it; returns the model folder. See `Run` for what it raises."""
-    torch.backends.cudnn.benchmark = True
+    torch.set_flush_denormal(True)  # denormal weights and moments are many times slower on the CPU, and mean nothing
     return Run(recipe, root, device).train()

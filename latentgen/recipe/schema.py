@@ -68,6 +68,9 @@ class Autoencoder(Section):
     patch: int | None = Field(
         default=None, ge=8, description="train on random square cuts of this side (null: whole pictures)"
     )
+    patch_steps: int | None = Field(
+        default=None, ge=0, description="from this step on whole pictures after all (null: never)"
+    )
     patch_tries: int = Field(
         default=1, ge=1, description="squares to choose from, for each picture the one with most contrast"
     )

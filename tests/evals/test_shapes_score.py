@@ -82,7 +82,7 @@ def test_found_objects_are_where_they_were_drawn():
     ("caption", "failed"),
     [
         ("a small red circle and a large blue square on a white background", ()),
-        ("a red circle and a blue star", ("shape", "colour")),
+        ("a red circle and a blue star", ("shape",)),
         ("a blue circle and a red square", ("colour",)),
         ("a large circle and a square", ("size",)),
         ("a circle and a square on a gray background", ("background",)),
@@ -90,6 +90,7 @@ def test_found_objects_are_where_they_were_drawn():
         ("a circle", ("count",)),
         ("two circles", ("count",)),
         ("two hearts", ("count", "shape")),
+        ("two pink stars", ("count", "shape", "colour")),
     ],
 )
 def test_failed_checks_name_the_cause(caption, failed):
