@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
+from typing import Any
+
+ECHO = 1.0
+"""Seconds in which further signals are taken for the same request: launchers pass on the Ctrl-C that the terminal
+has already sent to every process."""
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM sets `asked`; a second one acts as usual, at once."""
+    """While entered, the first SIGINT or SIGTERM sets `asked`; one more, later than `ECHO`, acts as usual, at once."""
 
     signals = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: dict[int, signal.Handlers | int | None] = {}
+        self._first = 0.0
+        self._before: dict[signal.Signals, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        self._restore()
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self._first = True, now
+        elif now - self._first > ECHO:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)  # type: ignore[arg-type]
+            signal.signal(number, handler)
         self._before = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in self.signals}  # type: ignore[misc]
+            self._before = {number: signal.signal(number, self._handle) for number in self.signals}
         return self
 
     def __exit__(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -23,15 +23,22 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML that quotes the texts which `_Loader` would read as numbers (`"1e5"`)."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    )
 
 
 def _parse(text: str, where: str) -> Any:
@@ -50,7 +57,8 @@ def valid_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
         keys.append(shown)
         annotation = field.annotation
         for candidate in (annotation, *get_args(annotation)):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            # Python 3.10 takes tuple[int, ...] for a class
+            if get_origin(candidate) is None and isinstance(candidate, type) and issubclass(candidate, BaseModel):
                 keys += valid_keys(candidate, shown + ".")
     return keys
 
@@ -60,12 +68,15 @@ def _nearest(key: str) -> str:
     keys = valid_keys()
     leaves = [k for k in keys if not any(other.startswith(k + ".") for other in keys)]
     section, _, last = key.rpartition(".")
-    inside = [k for k in leaves if k.rpartition(".")[0] == section]
-    tails = {k.rpartition(".")[2]: k for k in [*reversed(leaves), *inside]}
+    inside = {k.rpartition(".")[2]: k for k in leaves if k.rpartition(".")[0] == section}
+    # Of the keys with one last part the least nested is meant, unless the section says otherwise.
+    nested = sorted(reversed(leaves), key=lambda k: -k.count("."))
+    tails = {k.rpartition(".")[2]: k for k in nested} | inside
     short = {"".join(word[0] for word in tail.split("_")): k for tail, k in tails.items() if "_" in tail}
     near = (
-        difflib.get_close_matches(key, inside, n=1, cutoff=0.75)
+        [inside[name] for name in difflib.get_close_matches(last, inside, n=1, cutoff=0.75)]
         or [k for k in [short.get(last)] if k]
+        or [k for tail, k in inside.items() if len(last) > 2 and tail.startswith(last)]
         or difflib.get_close_matches(key, leaves, n=1, cutoff=0.6)
         or [tails[name] for name in difflib.get_close_matches(last, tails, n=1, cutoff=0.6)]
     )
@@ -108,7 +119,11 @@ def load_recipe(path: str | Path | None, overrides: Iterable[str] = ()) -> Recip
         where = str(path)
         if not Path(path).is_file():
             raise UserError(f"{path}: no such recipe; `configs/` holds those that come with the project")
-        loaded = _parse(Path(path).read_text(encoding="utf-8"), where)
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not a text file in UTF-8") from None
+        loaded = _parse(text, where)
         if loaded is not None and not isinstance(loaded, Mapping):
             raise UserError(f"{path}: a recipe is a mapping of sections, found {type(loaded).__name__}")
         values = dict(loaded or {})
@@ -128,7 +143,8 @@ def load_recipe(path: str | Path | None, overrides: Iterable[str] = ()) -> Recip
 
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe as YAML, every default spelled out; `load_recipe` reads it back equal."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True), sort_keys=False, width=110)
+    values = recipe.model_dump(mode="json", by_alias=True)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=110)
 
 
 def recipe_schema() -> str:

@@ -40,9 +40,9 @@ def weights_key(network: nn.Module) -> str:
     """A name for a network's weights: the SHA-256 of every tensor, with its name, type and shape."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
-        digest.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        value = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name}:{value.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(value.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

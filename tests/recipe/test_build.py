@@ -1,0 +1,107 @@
+"""From the recipe's values to networks: a function of the seed and the stage, and of nothing that ran before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentgen.core.errors import UserError
+from latentgen.diffusion.parameterization import Flow, V
+from latentgen.formats.model_folder import Model, save_model
+from latentgen.recipe import build
+from latentgen.recipe.schema import Recipe
+
+
+def with_(recipe: Recipe, **sections: dict) -> Recipe:
+    values = recipe.model_dump()
+    for section, changes in sections.items():
+        values[section] = {**values[section], **changes} if isinstance(changes, dict) else changes
+    return Recipe(**values)
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_random_weights_follow_from_the_seed_alone(tiny_recipe: Recipe) -> None:
+    vae = build.new_vae(tiny_recipe)
+    torch.rand(7)
+    assert same(build.new_vae(tiny_recipe), vae)
+    assert not same(build.new_vae(tiny_recipe.model_copy(update={"seed": 1})), vae)
+    clip = build.new_clip(tiny_recipe, 600, 599)
+    torch.rand(7)
+    assert same(build.new_clip(tiny_recipe, 600, 599), clip)
+    unet = build.new_unet(tiny_recipe, vae, 32)
+    torch.rand(7)
+    assert same(build.new_unet(tiny_recipe, vae, 32), unet)
+
+
+def test_held_out_shapes_are_others(tiny_recipe: Recipe) -> None:
+    seen, kept = build.source(tiny_recipe), build.held_out(tiny_recipe)
+    assert (len(seen), len(kept)) == (32, 4)
+    assert seen.key() != kept.key()
+    pictures = {seen.image(i).tobytes() for i in range(32)}
+    assert not any(kept.image(i).tobytes() in pictures for i in range(4))
+
+
+def test_an_unet_whose_latents_are_no_whole_pixels(tiny_recipe: Recipe, tiny: Model) -> None:
+    recipe = with_(tiny_recipe, data={"resolution": 36})
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"resolution": 34})})
+    with pytest.raises(UserError, match=r"data.resolution: 34 is not a multiple of 4"):
+        build.new_unet(recipe, tiny.vae, 16)
+
+
+def test_objective_passes_its_knobs(tiny_recipe: Recipe, tiny: Model) -> None:
+    recipe = with_(
+        tiny_recipe,
+        diffusion={"density": "logit_normal", "density_mean": 1.0, "density_std": 1e-6, "min_snr_gamma": 0.5},
+    )
+    objective = build.objective(recipe, tiny)
+    p = objective.parameterization
+    assert isinstance(p, V)
+    sigma = objective.density(torch.tensor([0.2, 0.8]), p)
+    expected = p.sigma_of_fraction(torch.sigmoid(torch.ones(2)))
+    torch.testing.assert_close(sigma, expected, rtol=1e-3, atol=0)
+    low = torch.tensor([0.1])  # SNR 100
+    torch.testing.assert_close(objective.weight(low, p), p.scalings(low).c_out ** 2 * 0.5)
+
+
+def test_new_model_predicts_what_is_asked(tiny_recipe: Recipe, tiny: Model) -> None:
+    recipe = with_(tiny_recipe, diffusion={"target": "flow"})
+    model = build.new_model(recipe, tiny.vae, tiny.text_encoder, tiny.tokenizer)
+    assert isinstance(model.parameterization(), Flow)
+    assert model.unet.config["cross_attention_dim"] == 16
+    model = build.new_model(tiny_recipe, tiny.vae, tiny.text_encoder, tiny.tokenizer)
+    assert isinstance(model.parameterization(), V)
+    assert model.parameterization().table.kind == "scaled_linear"
+
+
+def test_fine_tuning_keeps_the_process_of_the_start(
+    tiny_recipe: Recipe, tiny_builder: Callable[..., Model], tmp_path: Path
+) -> None:
+    start = tiny_builder("eps")
+    save_model(start, tmp_path / "start")
+    recipe = with_(tiny_recipe, unet={"source": str(tmp_path / "start")})
+    model = build.new_model(recipe, start.vae, start.text_encoder, start.tokenizer)
+    assert model.prediction == "eps"
+    assert same(model.unet, start.unet)
+    with pytest.raises(UserError, match=r"diffusion.target: v, but .* predicts eps"):
+        build.new_model(with_(recipe, diffusion={"target": "v"}), start.vae, start.text_encoder, start.tokenizer)
+    with pytest.raises(UserError, match="autoencoder: unet.from expects width 4, this one gives 3"):
+        other = build.new_vae(with_(tiny_recipe, autoencoder={"latent_channels": 3}))
+        build.new_model(recipe, other, start.text_encoder, start.tokenizer)
+
+
+def test_previews_put_a_prompts_pictures_in_a_row(tiny_recipe: Recipe) -> None:
+    requests = build.previews(with_(tiny_recipe, preview={"prompts": ("a", "b"), "num": 3, "seed": 5}))
+    assert [(r.prompt, r.seed) for r in requests] == [("a", 5), ("a", 6), ("a", 7), ("b", 5), ("b", 6), ("b", 7)]
+    assert {(r.height, r.width) for r in requests} == {(32, 32)}
+
+
+def test_cut_of_a_stage(tiny_recipe: Recipe) -> None:
+    recipe = with_(tiny_recipe, train={"micro_batch": 2})
+    assert build.cut(recipe, "unet", 1, 2).rows() == [range(4, 6), range(6, 8)]
+    assert build.cut(recipe, "clip", 1, 2).rows() == [range(4, 8)]
