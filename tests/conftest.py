@@ -142,7 +142,7 @@ def tiny_recipe() -> Recipe:
         None,
         [
             "name=tiny",
-            "data={size: 32, resolution: 32, captions: 2, holdout: 4}",
+            "data={size: 32, resolution: 64, captions: 2, holdout: 4}",
             "autoencoder={channels: [8, 16, 16], latent_channels: 4, norm_groups: 4}",
             "autoencoder.train={steps: 4, global_batch: 8}",
             "text_encoder={width: 32, layers: 1, context_length: 12, embed_dim: 16}",

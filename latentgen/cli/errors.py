@@ -40,4 +40,19 @@ def _leave(line: str, code: int) -> None:
 
 def run_app(app: typer.Typer) -> None:
     """Run a typer app under `guarded`; its own usage errors exit with 2 as well."""
-    guarded(lambda: app())
+
+    def program() -> None:
+        try:
+            app()
+        except SystemExit as end:
+            raise _swallowed(end) or end from None
+
+    guarded(program)
+
+
+def _swallowed(end: SystemExit) -> KeyboardInterrupt | None:
+    """The interrupt that typer turned into a silent exit, or None when it was another exit."""
+    cause: BaseException | None = end
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return cause

@@ -103,5 +103,5 @@ def require_free_space(folder: Path, needed: int, what: str) -> None:
     if free < needed + (16 << 20):
         raise UserError(
             f"disk nearly full: {what} needs {needed / 2**20:.0f} MiB at {folder}, "
-            f"only {free / 2**20:.0f} MiB are free; free some space or choose another folder, then run the same command again"
+            f"only {free / 2**20:.0f} MiB are free; make room, then run the same command again"
         )

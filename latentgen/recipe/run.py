@@ -87,13 +87,12 @@ class Run:
     def _claim(self) -> None:
         """Write the recipe down, or make sure that the folder was made by the same one."""
         if self.folder.recipe.is_file():
-            before, now = _flat(load_recipe(self.folder.recipe).model_dump()), _flat(self.recipe.model_dump())
-            for key in sorted(before.keys() | now.keys()):
-                if before.get(key) != now.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE_KEYS):
-                    raise UserError(
-                        f"{self.folder.path} was made by another recipe "
-                        f"({key}: {before.get(key)} there, {now.get(key)} now); choose another name=, or remove that folder"
-                    )
+            difference = _difference(load_recipe(self.folder.recipe), self.recipe)
+            if difference is not None:
+                raise UserError(
+                    f"{self.folder.path} was made by another recipe ({difference}); "
+                    "choose another name=, or remove that folder"
+                )
         if self.accelerator.is_main_process:
             libraries = ", ".join(
                 f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "accelerate")
@@ -205,6 +204,16 @@ class Run:
 def _finish_unet(averaged: nn.Module, folder: Path) -> None:
     assert isinstance(averaged, UNet2DConditionModel)
     write_folder(folder, lambda aside: copy.deepcopy(averaged).save_pretrained(aside))
+
+
+def _difference(before: Recipe, now: Recipe) -> str | None:
+    """The first key on which the weights depend and which differs, with both values; None when there is none."""
+    there, here = _flat(before.model_dump(by_alias=True)), _flat(now.model_dump(by_alias=True))
+    for key in sorted(there.keys() | here.keys()):
+        free = any(key == name or key.startswith(name + ".") for name in FREE_KEYS)
+        if there.get(key) != here.get(key) and not free:
+            return f"{key}: {there.get(key)} there, {here.get(key)} now"
+    return None
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

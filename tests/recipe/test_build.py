@@ -98,7 +98,7 @@ def test_fine_tuning_keeps_the_process_of_the_start(
 def test_previews_put_a_prompts_pictures_in_a_row(tiny_recipe: Recipe) -> None:
     requests = build.previews(with_(tiny_recipe, preview={"prompts": ("a", "b"), "num": 3, "seed": 5}))
     assert [(r.prompt, r.seed) for r in requests] == [("a", 5), ("a", 6), ("a", 7), ("b", 5), ("b", 6), ("b", 7)]
-    assert {(r.height, r.width) for r in requests} == {(32, 32)}
+    assert {(r.height, r.width) for r in requests} == {(64, 64)}
 
 
 def test_cut_of_a_stage(tiny_recipe: Recipe) -> None:

@@ -47,7 +47,7 @@ def test_parameters_are_those_that_are_built(tiny_recipe: Recipe) -> None:
 
 def test_caches_grow_with_the_data(tiny_recipe: Recipe) -> None:
     plan = make_plan(tiny_recipe)
-    latents = 32 * 2 * 4 * 8 * 8
+    latents = 32 * 2 * 4 * 16 * 16
     text = 32 * 2 * 12 * 32
     assert plan.cache_disk == 2 * (latents + text)
     assert make_plan(changed(tiny_recipe, "data", flip=True)).cache_disk == 2 * (2 * latents + text)
@@ -56,7 +56,7 @@ def test_caches_grow_with_the_data(tiny_recipe: Recipe) -> None:
 
 def test_the_autoencoder_is_planned_at_the_side_it_sees(tiny_recipe: Recipe) -> None:
     whole = make_plan(tiny_recipe).stages[0].flops
-    quarter = make_plan(changed(tiny_recipe, "autoencoder", patch=16)).stages[0].flops
+    quarter = make_plan(changed(tiny_recipe, "autoencoder", patch=32)).stages[0].flops
     assert quarter * 4 == whole
 
 

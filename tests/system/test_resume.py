@@ -31,7 +31,7 @@ STOPS = {
     "killed in a save": (KILL, [(SAVED_FILE, 1), (SAVED_FILE, 7), (SAVED_FILE, 7), (SAVED_FILE, 11)]),
     # A whole folder is written but not yet renamed: a checkpoint, the VAE's result, CLIP's, the U-Net's, the model.
     "killed before a rename": (KILL, [(SYNCED, 1), (SYNCED, 3), (SYNCED, 4), (SYNCED, 4), (SYNCED, 2)]),
-    "killed while caching": (KILL, [(ENCODED, 3), (ENCODED, 2), (TEXT, 3)]),
+    "killed while caching": (KILL, [(ENCODED, 2), (ENCODED, 2), (TEXT, 3)]),
     "interrupted while caching": (INT, [(ENCODED, 2), (TEXT, 2)]),
 }
 
