@@ -79,7 +79,9 @@ class Run:
         model = build.new_model(self.recipe, vae, text_encoder, tokenizer)
         unet = self._unet(model)
         if self.accelerator.is_main_process:
-            save_model(dataclasses.replace(model, unet=unet, metadata=self._metadata()), self.folder.model, clip=clip)
+            save_model(
+                dataclasses.replace(model, unet=unet, metadata=self._metadata(plan.flops)), self.folder.model, clip=clip
+            )
         self.accelerator.wait_for_everyone()
         logger.info("the model is in %s", self.folder.model)
         return self.folder.model
@@ -101,8 +103,9 @@ class Run:
             write_text(self.folder.recipe, head + dump_recipe(self.recipe))
         self.accelerator.wait_for_everyone()
 
-    def _metadata(self) -> dict[str, Any]:
-        return {"recipe": self.recipe.model_dump(mode="json", by_alias=True), "data": self.source.key()}
+    def _metadata(self, flops: float) -> dict[str, Any]:
+        recipe = self.recipe.model_dump(mode="json", by_alias=True)
+        return {"recipe": recipe, "data": self.source.key(), "flops": flops}
 
     def _stage(self, task: Task, fetch: Callable[..., Any], finish: Callable[[Loop], None]) -> None:
         """Train one task to its end, then let `finish` write the stage's result; nothing when it is there."""
