@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -102,5 +103,6 @@ def make_accelerator(precision: str, processes: int | None = None, device: str |
     if cpu and (launcher or "WORLD_SIZE" in os.environ):
         # Launchers set OMP_NUM_THREADS=1 for every process; give each its share of the cores instead.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local))
     return accelerator

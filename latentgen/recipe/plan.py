@@ -107,7 +107,7 @@ def make_plan(recipe: Recipe) -> Plan:
         if recipe.unet.source is None:
             unet = build.new_unet(recipe, vae, width)
         else:
-            model = load_model(Path(recipe.unet.source))
+            model = _existing(recipe.unet.source)
             unet = _on_meta(model.unet)
         reduced = side // factor(vae)
         latents = torch.empty(PROBE, vae.config["latent_channels"], reduced, reduced)
@@ -120,6 +120,12 @@ def make_plan(recipe: Recipe) -> Plan:
     captions = examples * (recipe.data.captions or 4)  # an upper guess: equal captions are cached once
     disk = 2 * (pictures * 2 * latents[0].numel() + captions * length * width)
     return Plan(tuple(stages), pictures * encode + captions * text_flops, disk)
+
+
+def _existing(folder: str) -> Model:
+    """Weights are read on the CPU: libraries refuse to read them on the meta device."""
+    with torch.device("cpu"):
+        return load_model(Path(folder))
 
 
 def _on_meta(network: nn.Module) -> Any:
@@ -135,7 +141,7 @@ def _stage(recipe: Recipe, name: str, module: nn.Module, flops: float) -> StageP
 
 def _vae(recipe: Recipe) -> AutoencoderKL:
     if recipe.autoencoder.source is not None:
-        return _on_meta(load_model(Path(recipe.autoencoder.source)).vae)
+        return _on_meta(_existing(recipe.autoencoder.source).vae)
     return build.new_vae(recipe)
 
 
@@ -156,7 +162,7 @@ def _vae_flops(recipe: Recipe, vae: AutoencoderKL) -> float:
 def _text(recipe: Recipe, image: Tensor, stages: list[StagePlan]) -> tuple[int, int, float]:
     """Width and length of the text states, and FLOPs of one; plans the CLIP stage when it is trained."""
     if recipe.text_encoder.source is not None:
-        model: Model = load_model(Path(recipe.text_encoder.source))
+        model: Model = _existing(recipe.text_encoder.source)
         length = model.tokenizer.model_max_length
         encoder = _on_meta(model.text_encoder)
         tokens = torch.zeros(PROBE, length, dtype=torch.long, device="meta")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from latentgen.formats.model_folder import Model, save_model
 from latentgen.recipe import build
-from latentgen.recipe.plan import describe, flops_of, make_plan
+from latentgen.recipe.plan import Plan, flops_of, make_plan
 from latentgen.recipe.schema import Recipe
 
 
@@ -26,38 +27,45 @@ def test_flops_of_known_layers() -> None:
         assert flops_of(lambda: linear(x).sum().backward()) == 2 * (2 * 3 * 5 * 7)  # the input needs no gradient
 
 
-def test_flops_grow_with_steps_and_batch(tiny_recipe: Recipe) -> None:
-    plan = make_plan(tiny_recipe)
+@pytest.fixture(scope="module")
+def plan(tiny_recipe: Recipe) -> Plan:
+    return make_plan(tiny_recipe)
+
+
+@pytest.fixture(scope="module")
+def larger(tiny_recipe: Recipe) -> Plan:
+    """Twice the steps and twice the batch for the U-Net, mirrored pictures, and a quarter of each for the autoencoder."""
+    recipe = changed(tiny_recipe, "train", steps=24, global_batch=16)
+    recipe = changed(recipe, "data", flip=True)
+    return make_plan(changed(recipe, "autoencoder", patch=32))
+
+
+def test_flops_grow_with_steps_and_batch(plan: Plan, larger: Plan) -> None:
     assert [stage.name for stage in plan.stages] == ["vae", "clip", "unet"]
     assert all(stage.flops > 0 and stage.disk > 0 for stage in plan.stages)
-    twice = make_plan(changed(tiny_recipe, "train", steps=24, global_batch=16))
-    one, two = plan.stages[2], twice.stages[2]
+    one, two = plan.stages[2], larger.stages[2]
     assert two.flops == 4 * one.flops
     assert two.flops_per_step == 2 * one.flops_per_step
-    assert plan.stages[0].flops == twice.stages[0].flops, "the autoencoder has steps and batch of its own"
     assert plan.flops == sum(stage.flops for stage in plan.stages) + plan.cache_flops
 
 
-def test_parameters_are_those_that_are_built(tiny_recipe: Recipe) -> None:
-    plan, vae = make_plan(tiny_recipe), build.new_vae(tiny_recipe)
+def test_the_autoencoder_is_planned_at_the_side_it_sees(plan: Plan, larger: Plan) -> None:
+    assert larger.stages[0].flops * 4 == plan.stages[0].flops, "with steps and batch of its own"
+
+
+def test_parameters_are_those_that_are_built(plan: Plan, tiny_recipe: Recipe) -> None:
+    vae = build.new_vae(tiny_recipe)
     assert plan.stages[0].parameters == sum(p.numel() for p in vae.parameters())
     unet = build.new_unet(tiny_recipe, vae, tiny_recipe.text_encoder.width)
     assert plan.stages[2].parameters == sum(p.numel() for p in unet.parameters())
 
 
-def test_caches_grow_with_the_data(tiny_recipe: Recipe) -> None:
-    plan = make_plan(tiny_recipe)
+def test_caches_grow_with_the_data(plan: Plan, larger: Plan) -> None:
     latents = 32 * 2 * 4 * 16 * 16
     text = 32 * 2 * 12 * 32
     assert plan.cache_disk == 2 * (latents + text)
-    assert make_plan(changed(tiny_recipe, "data", flip=True)).cache_disk == 2 * (2 * latents + text)
+    assert larger.cache_disk == 2 * (2 * latents + text)
     assert plan.disk == plan.cache_disk + sum(stage.disk for stage in plan.stages)
-
-
-def test_the_autoencoder_is_planned_at_the_side_it_sees(tiny_recipe: Recipe) -> None:
-    whole = make_plan(tiny_recipe).stages[0].flops
-    quarter = make_plan(changed(tiny_recipe, "autoencoder", patch=32)).stages[0].flops
-    assert quarter * 4 == whole
 
 
 def test_a_plan_of_parts_that_exist_already(tiny_recipe: Recipe, tiny: Model, tmp_path: Path) -> None:
@@ -71,7 +79,7 @@ def test_a_plan_of_parts_that_exist_already(tiny_recipe: Recipe, tiny: Model, tm
     assert plan.cache_flops > 0
 
 
-def test_describe_shows_the_whole_recipe_and_the_total(tiny_recipe: Recipe) -> None:
-    text = describe(tiny_recipe)
-    assert "global_batch: 8" in text
-    assert text.splitlines()[-1].startswith("total")
+def test_the_table_ends_with_the_total(plan: Plan) -> None:
+    lines = plan.table().splitlines()
+    assert len(lines) == 6
+    assert lines[-1].split() == ["total", f"{plan.flops:.2e}", f"{plan.disk / 2**20:.0f}"]
