@@ -74,7 +74,7 @@ class Autoencoder(Section):
     patch_tries: int = Field(
         default=1, ge=1, description="squares to choose from, for each picture the one with most contrast"
     )
-    loss: Literal["l1", "l2"] = "l1"
+    loss: Literal["l1", "l2", "l1_l2"] = "l1"
     kl_weight: float = Field(default=1e-6, ge=0)
     perceptual_weight: float = Field(default=0.0, ge=0, description="weight of the VGG feature distance")
     perceptual_weights: str | None = Field(default=None, description="VGG16 weights: a safetensors file, or `imagenet`")

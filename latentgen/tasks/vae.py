@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,13 @@ class VaeLosses:
     critic_channels: int = 32
 
 
+PIXEL_LOSSES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "l1": lambda error: error.abs().mean(),
+    "l2": lambda error: error.square().mean(),
+    "l1_l2": lambda error: 0.5 * error.abs().mean() + error.square().mean(),
+}
+
+
 class VaeTask:
     """Teach an AutoencoderKL to compress the data.
 
@@ -87,7 +94,7 @@ class VaeTask:
             return {"loss": hinge_critic_loss(critic(image), critic(fake))}
         out = self._reconstruct(image, draw)
         error = out.reconstruction - image
-        pixel = error.abs().mean() if self.weights.pixel == "l1" else error.square().mean()
+        pixel = PIXEL_LOSSES[self.weights.pixel](error)
         kl = kl_divergence(out.mean, out.logvar)
         parts = {"pixel": pixel, "kl": kl}
         reconstruction = pixel
