@@ -76,6 +76,8 @@ def sample(
     wanted = read_prompts(prompts or [], prompts_file)
     if num < 1:
         raise UserError(f"--num {num}: must be at least 1")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder for the pictures")
     folder = model or find_model(runs)
     from latentgen.cli.drawing import draw_to_folder, open_model
 
@@ -92,8 +94,8 @@ def sample(
             guidance_scale=guidance_scale,
             sampler=sampler,
             schedule=schedule,
-            height=height or side,
-            width=width or side,
+            height=side if height is None else height,
+            width=side if width is None else width,
         )
         for prompt in wanted
         for number in range(num)

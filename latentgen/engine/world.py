@@ -93,6 +93,8 @@ def make_accelerator(precision: str, processes: int | None = None, device: str |
     Raises:
         UserError: the world or the precision found is not the one asked for.
     """
+    if device not in (None, "cpu"):
+        raise UserError(f"--device {device}: training takes cpu, or the GPUs that the launcher gives it (leave it out)")
     launcher = launcher_command()
     check_precision(precision, os.environ)
     cpu = device == "cpu" or not torch.accelerator.is_available()

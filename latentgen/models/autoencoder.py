@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from latentgen.core.errors import UserError
@@ -79,27 +81,42 @@ def build_autoencoder(
     )
 
 
+@torch.no_grad()
 def initialise(vae: AutoencoderKL, scheme: str) -> None:
     """Change the random weights of a new autoencoder in place.
 
     Args:
         vae: freshly built.
-        scheme: "default" leaves PyTorch's own initialisation; "residual" sets the last convolution of every residual
-            block to zero, so that each block starts as its shortcut (arXiv 1901.09321 section 3).
+        scheme: "default" leaves PyTorch's own initialisation. "residual" sets the last convolution of every residual
+            block to zero, so that each block starts as its shortcut (arXiv 1901.09321 section 3). "patch" also lets
+            what is left, the path of shortcuts, carry the picture from the first step on: strided convolutions gain
+            an orthogonal map of the 2x2 patch they reduce, upsampling ones the identity, shortcuts are orthogonal.
 
     Raises:
         UserError: no scheme of that name.
     """
-    if scheme == "default":
-        return
-    if scheme == "residual":
-        for module in vae.modules():
-            if isinstance(module, ResnetBlock2D):
-                nn.init.zeros_(module.conv2.weight)
-                if module.conv2.bias is not None:
-                    nn.init.zeros_(module.conv2.bias)
-        return
-    raise UserError(f'autoencoder: no initialisation "{scheme}"; use "default" or "residual"')
+    if scheme not in SCHEMES:
+        raise UserError(f'autoencoder: no initialisation "{scheme}"; use one of {", ".join(SCHEMES)}')
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock2D) and scheme != "default":
+            _zero(module.conv2)
+            if module.conv_shortcut is not None and scheme == "patch":
+                nn.init.orthogonal_(module.conv_shortcut.weight)
+        elif isinstance(module, Downsample2D) and scheme == "patch":
+            width_out, width_in = module.conv.weight.shape[:2]
+            taps = nn.init.orthogonal_(torch.empty(width_out, width_in * 4)).view(width_out, width_in, 2, 2)
+            module.conv.weight[:, :, :2, :2] += taps
+        elif isinstance(module, Upsample2D) and scheme == "patch":
+            assert isinstance(module.conv, nn.Conv2d)
+            module.conv.weight[:, :, 1, 1] += torch.eye(module.conv.out_channels)
+
+
+def _zero(conv: nn.Module) -> None:
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+
+
+SCHEMES = ("default", "residual", "patch")
 
 
 def factor(vae: AutoencoderKL) -> int:

@@ -19,6 +19,7 @@ from latentgen.data.sources.shapes import ShapesSource
 from latentgen.diffusion import lookup
 from latentgen.diffusion.losses import WEIGHTS
 from latentgen.diffusion.noise_levels import DENSITIES
+from latentgen.diffusion.samplers import find_sampler
 from latentgen.engine.settings import LoopSettings
 from latentgen.formats.model_folder import Model, load_model
 from latentgen.models.autoencoder import build_autoencoder, initialise
@@ -53,6 +54,16 @@ def held_out(recipe: Recipe) -> Source:
     beside = Path(data.path) / "validation"
     path = data.validation or (str(beside) if beside.is_dir() else data.path)
     return FolderSource(path=path, resolution=data.resolution, crop=data.crop)
+
+
+def check(recipe: Recipe, processes: int) -> None:
+    """Raise `UserError` for mistakes that would otherwise show only when their stage begins."""
+    own = {"vae": recipe.autoencoder.source, "clip": recipe.text_encoder.source, "unet": None}
+    for stage in (stage for stage, source in own.items() if source is None):
+        cut(recipe, stage, world=processes)
+    find_sampler(recipe.preview.sampler)
+    if recipe.data.validation is not None and not Path(recipe.data.validation).is_dir():
+        raise UserError(f"{recipe.data.validation}: no such folder; check data.validation")
 
 
 def seeded(recipe: Recipe, stage: str) -> None:

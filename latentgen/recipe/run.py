@@ -65,14 +65,16 @@ class Run:
         self.recipe, self.folder = recipe, RunFolder(root / recipe.name)
         self.accelerator: Accelerator = make_accelerator(recipe.train.precision, recipe.train.processes, device)
         self.source: Source = build.source(recipe)
-        self._claim()
+        self._refuse_another_recipe()
 
     def train(self) -> Path:
         """Do every stage that is not done; return the model folder."""
         if (self.folder.model / "model_index.json").is_file():
             logger.info("%s is finished; choose another name= to train anew", self.folder.model)
             return self.folder.model
+        build.check(self.recipe, self.accelerator.num_processes)
         plan = make_plan(self.recipe)
+        self._claim()
         logger.info("%s", plan.table())
         vae = self._vae()
         text_encoder, tokenizer, clip = self._text_encoder()
@@ -86,8 +88,7 @@ class Run:
         logger.info("the model is in %s", self.folder.model)
         return self.folder.model
 
-    def _claim(self) -> None:
-        """Write the recipe down, or make sure that the folder was made by the same one."""
+    def _refuse_another_recipe(self) -> None:
         if self.folder.recipe.is_file():
             difference = _difference(load_recipe(self.folder.recipe), self.recipe)
             if difference is not None:
@@ -95,6 +96,9 @@ class Run:
                     f"{self.folder.path} was made by another recipe ({difference}); "
                     "choose another name=, or remove that folder"
                 )
+
+    def _claim(self) -> None:
+        """Write the recipe down: the first thing written, when all that can be checked beforehand has been."""
         if self.accelerator.is_main_process:
             libraries = ", ".join(
                 f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "accelerate")

@@ -64,7 +64,7 @@ class Autoencoder(Section):
     layers_per_block: int = Field(default=1, ge=0)
     norm_groups: int = Field(default=4, ge=1)
     mid_attention: bool = False
-    initialise: Literal["default", "residual"] = "residual"
+    initialise: Literal["default", "residual", "patch"] = "patch"
     patch: int | None = Field(
         default=None, ge=8, description="train on random square cuts of this side (null: whole pictures)"
     )

@@ -95,7 +95,11 @@ def test_content_key_names_content() -> None:
     key = content_key("latents", 1, {"a": 1, "b": [True, None]})
     assert key == content_key("latents", 1, {"b": [True, None], "a": 1}), "the order of keys is no content"
     assert len(key) == 32
-    others = [content_key("latents", 1, {"a": 1}), content_key("latents1", {"a": 1}), content_key("latents", "1", {"a": 1})]
+    others = [
+        content_key("latents", 1, {"a": 1}),
+        content_key("latents1", {"a": 1}),
+        content_key("latents", "1", {"a": 1}),
+    ]
     assert len({key, *others}) == 4
 
 

@@ -35,7 +35,9 @@ def test_seed_of_has_63_bits(parts: list[int | str]) -> None:
     assert 0 <= seed_of(*parts) < 2**63
 
 
-@pytest.mark.parametrize(("first", "second"), [((1,), ("1",)), (("ab", "c"), ("a", "bc")), ((1, 2), (12,)), ((), ("",))])
+@pytest.mark.parametrize(
+    ("first", "second"), [((1,), ("1",)), (("ab", "c"), ("a", "bc")), ((1, 2), (12,)), ((), ("",))]
+)
 def test_seed_of_keeps_parts_apart(first: tuple, second: tuple) -> None:
     assert seed_of(*first) != seed_of(*second)
 

@@ -27,4 +27,10 @@ def test_stages_do_not_share_paths(tmp_path: Path) -> None:
 
 
 def test_counted() -> None:
-    assert [counted(n) for n in (950, 12_340, 4_310_000, 1.2e14, 1.2e17)] == ["950", "12.3k", "4.31M", "120T", "1.20e+17"]
+    assert [counted(n) for n in (950, 12_340, 4_310_000, 1.2e14, 1.2e17)] == [
+        "950",
+        "12.3k",
+        "4.31M",
+        "120T",
+        "1.20e+17",
+    ]

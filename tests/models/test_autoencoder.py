@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 
 from latentgen.core.errors import UserError
 from latentgen.models import autoencoder as ae
@@ -145,3 +147,23 @@ def test_residual_initialisation_turns_blocks_into_their_shortcuts() -> None:
         assert torch.equal(block(x, None), x)
     with pytest.raises(UserError, match="nonsense"):
         ae.initialise(vae, "nonsense")
+
+
+
+def test_patch_initialisation_carries_the_picture_along_the_shortcuts() -> None:
+    plain, patch = tiny(), tiny()
+    ae.initialise(patch, "patch")
+    down = [m for m in patch.modules() if isinstance(m, Downsample2D)]
+    for mine, before in zip(down, (m for m in plain.modules() if isinstance(m, Downsample2D)), strict=True):
+        added = mine.conv.weight - before.conv.weight
+        taps = added[:, :, :2, :2].flatten(1)
+        torch.testing.assert_close(taps @ taps.T, torch.eye(len(taps)), atol=1e-5, rtol=0)
+        assert added[:, :, 2].abs().max() == added[..., 2].abs().max() == 0
+    up = [m for m in patch.modules() if isinstance(m, Upsample2D)]
+    for mine, before in zip(up, (m for m in plain.modules() if isinstance(m, Upsample2D)), strict=True):
+        added = mine.conv.weight - before.conv.weight
+        torch.testing.assert_close(added[:, :, 1, 1], torch.eye(len(added)), atol=1e-6, rtol=0)
+        assert added[:, :, 0].abs().max() == added[:, :, :, 0].abs().max() == 0
+    assert len(down) == len(up) == 2
+    blocks = [m for m in patch.modules() if isinstance(m, ResnetBlock2D)]
+    assert all(m.conv2.weight.abs().max() == 0 for m in blocks)

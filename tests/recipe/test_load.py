@@ -56,7 +56,9 @@ def test_an_unknown_key_names_the_nearest(typed: str, meant: str, tmp_path: Path
     with pytest.raises(UserError) as told:
         load_recipe(path)
     first = typed if typed.split(".")[0] in Recipe.model_fields or "." not in typed else typed.split(".")[0]
-    assert str(told.value).startswith(f"{path}: unknown key `{first}`; did you mean `" if first == typed else f"{path}: ")
+    assert str(told.value).startswith(
+        f"{path}: unknown key `{first}`; did you mean `" if first == typed else f"{path}: "
+    )
 
 
 def test_a_key_unlike_any_other_lists_the_sections() -> None:
@@ -74,7 +76,10 @@ def test_a_key_unlike_any_other_lists_the_sections() -> None:
         ("train: {steps: many}", "`train.steps`: Input should be a valid integer"),
         ("train: {steps: 0}", "`train.steps`: Input should be greater than or equal to 1 (found 0)"),
         ("train: {learning_rate: -1e-3}", "`train.learning_rate`: Input should be greater than 0 (found -0.001)"),
-        ("diffusion: {target: noise}", "`diffusion.target`: Input should be 'eps', 'v', 'x0' or 'flow' (found 'noise')"),
+        (
+            "diffusion: {target: noise}",
+            "`diffusion.target`: Input should be 'eps', 'v', 'x0' or 'flow' (found 'noise')",
+        ),
         ("data: 3", "`data`: Input should be a valid dictionary or instance of Data (found 3)"),
         ("name: a/b", "`name`: String should match pattern"),
         ("[1, 2]", "a recipe is a mapping of sections, found list"),
@@ -84,7 +89,10 @@ def test_a_key_unlike_any_other_lists_the_sections() -> None:
         ("train: {steps: 1", "not valid YAML"),
         ("name: !!python/object:os.system x", "not valid YAML"),
         ("data: {source: folder}", "data.path: say which folder holds the pictures"),
-        ("text_encoder: {train: {micro_batch: 2}}", "the contrastive loss needs its whole batch at once"),
+        (
+            "text_encoder: {train: {micro_batch: 2}}",
+            "text_encoder.train.micro_batch: the contrastive loss needs its whole batch at once",
+        ),
         ("unet: {channels: [32]}", "unet.attention: give one true/false for each of unet.channels"),
         ("data: {resolution: 20}", "data.resolution: must be a multiple of 8"),
     ],

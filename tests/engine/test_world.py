@@ -1,0 +1,106 @@
+"""Training refuses another world than it was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from latentgen.core.errors import UserError
+from latentgen.engine import world
+from latentgen.engine.world import check_precision, check_world, launcher_command, make_accelerator, processes_asked
+
+LAUNCH = ["/venv/bin/python", "/venv/bin/accelerate", "launch"]
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        ([], None),
+        ([*LAUNCH, "train.py"], None),
+        ([*LAUNCH, "--cpu", "--num_processes", "2", "train.py"], 2),
+        ([*LAUNCH, "--num_processes=2", "train.py", "train.steps=3"], 2),
+        ([*LAUNCH, "--num-processes", "3", "train.py"], 3),
+        ([*LAUNCH, "--num-processes=4", "train.py"], 4),
+    ],
+)
+def test_processes_asked_of_accelerate(words: list[str], asked: int | None) -> None:
+    assert processes_asked(words, {}) == asked
+
+
+@pytest.mark.parametrize("form", ["--config_file {}", "--config_file={}", "--config-file {}"])
+def test_processes_asked_in_a_config_file(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("compute_environment: LOCAL_MACHINE\nnum_processes: 5\n")
+    words = [*LAUNCH, *form.format(path).split(" ")]
+    assert processes_asked([*words, "train.py"], {}) == 5
+    assert processes_asked([*words, "--num_processes", "2", "train.py"], {}) == 2, "the command line wins"
+    path.write_text("mixed_precision: bf16\n")
+    assert processes_asked([*words, "train.py"], {}) is None
+
+
+def test_processes_asked_of_torchrun() -> None:
+    assert processes_asked([], {"WORLD_SIZE": "2", "RANK": "0"}) == 2
+
+
+def test_the_projects_launcher_files_say_how_many() -> None:
+    path = Path(__file__).parents[2] / "configs" / "accelerate" / "two-cpu.yaml"
+    assert processes_asked([*LAUNCH, "--config_file", str(path), "train.py"], {}) == 2
+
+
+def test_check_world() -> None:
+    two = [*LAUNCH, "--cpu", "--num_processes", "2", "train.py"]
+    with pytest.raises(
+        UserError, match=r"the launcher was asked for 2 processes, 1 found: nothing was trained; .*two-cpu"
+    ):
+        check_world(1, two, {}, None)
+    with pytest.raises(UserError, match=r"the recipe \(train.processes\) asks for 1 process, 2 found"):
+        check_world(2, two, {}, 1)
+    with pytest.raises(UserError, match="the launcher was asked for 2 processes, 1 found"):
+        check_world(1, [], {"WORLD_SIZE": "2"}, None)
+    check_world(2, two, {}, 2)
+    check_world(1, [], {}, None)
+
+
+def test_check_precision() -> None:
+    with pytest.raises(UserError, match="train.precision is fp32 but the launcher says --mixed_precision bf16"):
+        check_precision("fp32", {"ACCELERATE_MIXED_PRECISION": "bf16"})
+    check_precision("bf16", {"ACCELERATE_MIXED_PRECISION": "bf16"})
+    check_precision("bf16", {"ACCELERATE_MIXED_PRECISION": "no"})
+    check_precision("fp16", {})
+
+
+class _Process:
+    def __init__(self, *lines: list[str]) -> None:
+        self.lines = lines
+
+    def parents(self) -> list[_Process]:
+        return [_Process(line) for line in self.lines]
+
+    def cmdline(self) -> list[str]:
+        return self.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ([["bash"], ["/usr/bin/init"]], False),
+        ([[*LAUNCH, "train.py"], ["bash"]], True),
+        ([["bash"], ["python", "/x/accelerate-launch", "--cpu", "train.py"]], True),
+        ([["python", "train.py", "accelerate"]], False),
+        ([["grep", "launch", "notes"]], False),
+    ],
+)
+def test_the_launcher_is_found_above(lines: list[list[str]], found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world.psutil, "Process", lambda: _Process(*lines))
+    assert bool(launcher_command()) is found
+
+
+def test_half_precision_needs_a_gpu() -> None:
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        make_accelerator("fp16", device="cpu")
+
+
+def test_one_process_where_two_are_asked_is_refused() -> None:
+    with pytest.raises(UserError, match="asks for 2 processes, 1 found"):
+        make_accelerator("fp32", processes=2, device="cpu")

@@ -1,0 +1,169 @@
+"""A picture is a function of the weights and its own request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentgen.core.errors import UserError
+from latentgen.formats.model_folder import Model
+from latentgen.models.text import encode_text
+from latentgen.pipelines import generate as module
+from latentgen.pipelines.generate import Request, check, generate, parameters_line, start_noise
+
+
+def ask(prompt: str = "a red circle", **changes: Any) -> Request:
+    return Request(prompt, **{"num_inference_steps": 3, "height": 16, "width": 16, **changes})
+
+
+def distance(a: Image.Image, b: Image.Image) -> int:
+    return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
+
+
+class Calls:
+    """Counts the U-Net's calls and remembers what it was given."""
+
+    def __init__(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: list[int] = []
+        self.contexts: list[torch.Tensor] = []
+        self.inputs: list[torch.Tensor] = []
+        forward = model.unet.forward
+
+        def spy(sample: torch.Tensor, time: torch.Tensor, encoder_hidden_states: torch.Tensor, **rest: Any) -> Any:
+            self.batches.append(len(sample))
+            self.contexts.append(encoder_hidden_states)
+            self.inputs.append(sample)
+            return forward(sample, time, encoder_hidden_states=encoder_hidden_states, **rest)
+
+        monkeypatch.setattr(model.unet, "forward", spy)
+
+
+@pytest.mark.parametrize("prediction", ["v", "flow"])
+def test_a_picture_does_not_depend_on_its_batch(prediction: str, tiny_builder: Callable[..., Model]) -> None:
+    model = tiny_builder(prediction)
+    requests = [ask(seed=3), ask("a blue star", seed=4), ask("", seed=3), ask(seed=5, negative_prompt="a blue star")]
+    together = list(generate(model, requests, batch_size=8))
+    for size in (1, 3):
+        apart = list(generate(model, requests, batch_size=size))
+        assert max(distance(a, b) for a, b in zip(together, apart, strict=True)) <= 1
+    assert min(distance(together[0], other) for other in together[1:]) > 1, "seed and prompts matter"
+
+
+def test_the_noise_belongs_to_the_picture(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_inputs(requests: list[Request]) -> torch.Tensor:
+        with monkeypatch.context() as patch:
+            calls = Calls(tiny, patch)
+            list(generate(tiny, requests))
+        return calls.inputs[0][: len(requests)]
+
+    alone, batch = first_inputs([ask(seed=7)]), first_inputs([ask(seed=1), ask("x", seed=7), ask(seed=7)])
+    assert torch.equal(batch[1], alone[0])
+    assert torch.equal(batch[2], alone[0])
+    assert not torch.equal(batch[0], alone[0])
+    noise = start_noise(ask(seed=7), 4, 4)
+    assert noise.shape == (1, 4, 4, 4)
+    torch.testing.assert_close(alone[0] / alone[0].std(), noise[0] / noise.std(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_global_stream_plays_no_part(tiny: Model) -> None:
+    torch.manual_seed(1)
+    first = list(generate(tiny, [ask()]))
+    torch.manual_seed(2)
+    assert distance(first[0], next(generate(tiny, [ask()]))) == 0
+
+
+@pytest.mark.parametrize(("scale", "times"), [(1.0, 1), (4.0, 2), (0.0, 2)])
+def test_calls_of_the_unet(scale: float, times: int, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(tiny, monkeypatch)
+    list(generate(tiny, [ask(seed=n, guidance_scale=scale) for n in range(3)], batch_size=2))
+    assert calls.batches == [2 * times] * 3 + [1 * times] * 3
+
+
+def test_the_negative_prompt_takes_the_empty_captions_place(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(tiny, monkeypatch)
+    list(generate(tiny, [ask("a star", negative_prompt="a blue star"), ask("a circle")]))
+    with torch.no_grad():
+        expected = encode_text(tiny.text_encoder, tiny.tokenizer, ["a star", "a circle", "a blue star", ""])
+    torch.testing.assert_close(calls.contexts[0], expected)
+
+
+def test_guidance_one_ignores_the_negative_prompt(tiny: Model) -> None:
+    plain, negative = generate(tiny, [ask(guidance_scale=1.0), ask(guidance_scale=1.0, negative_prompt="a blue star")])
+    assert distance(plain, negative) <= 1
+
+
+def test_requests_of_many_settings_come_back_in_their_order(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(tiny, monkeypatch)
+    steps: list[int] = []
+    requests = [
+        ask(),
+        ask(width=32, num_inference_steps=2),
+        ask(seed=1, width=32, num_inference_steps=2),
+        ask(sampler="euler"),
+    ]
+    drawn = list(generate(tiny, requests, on_step=steps.append))
+    assert [picture.size for picture in drawn] == [(16, 16), (32, 16), (32, 16), (16, 16)]
+    assert steps == [1, 1, 1, 2, 2, 1, 1, 1]
+    assert calls.batches == [2, 2, 2, 4, 4, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"height": 18}, "--height 18: must be a multiple of 4"),
+        ({"width": 0}, "--width 0: must be a multiple of 4"),
+        ({"num_inference_steps": 0}, "--steps 0: the number of sampling steps must be at least 1"),
+        ({"guidance_scale": -1.0}, "--guidance-scale -1.0: must not be negative"),
+        ({"sampler": "dpmpp"}, "dpmpp_2m"),
+        ({"schedule": "karas"}, "karras"),
+    ],
+)
+def test_check_refuses(changes: dict, message: str, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=message):
+        check(ask(**changes), tiny)
+    calls = Calls(tiny, monkeypatch)
+    with pytest.raises(UserError, match=message):
+        list(generate(tiny, [ask(), ask(**changes)]))
+    assert calls.batches == [], "nothing is drawn before all requests are checked"
+
+
+def test_a_batch_of_none(tiny: Model) -> None:
+    with pytest.raises(UserError, match="--batch-size 0"):
+        list(generate(tiny, [ask()], batch_size=0))
+
+
+def test_every_sampler_name_draws(tiny: Model) -> None:
+    from latentgen.diffusion.samplers import SAMPLERS
+
+    finite = {name: next(generate(tiny, [ask(sampler=name)])) for name in SAMPLERS}
+    assert all(picture.size == (16, 16) for picture in finite.values())
+
+
+def test_parameters_line() -> None:
+    request = ask("a star", negative_prompt="blur", seed=9, guidance_scale=4.0, sampler="euler")
+    assert parameters_line(request, "run", "0123456789abcdef") == (
+        "a star\nNegative prompt: blur\n"
+        "Steps: 3, Sampler: euler, CFG scale: 4, Seed: 9, Size: 16x16, Model hash: 0123456789, Model: run"
+    )
+    assert "Negative" not in parameters_line(ask(), "run", "0" * 10)
+
+
+def test_the_default_schedule_follows_the_process(
+    tiny_builder: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    lookup = module.lookup
+
+    def spy(table: Any, name: str, what: str) -> Any:
+        asked.append(name)
+        return lookup(table, name, what)
+
+    monkeypatch.setattr(module, "lookup", spy)
+    for prediction in ("v", "flow"):
+        list(generate(tiny_builder(prediction), [ask()]))
+    assert asked == ["trailing", "flow"]

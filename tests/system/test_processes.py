@@ -1,0 +1,122 @@
+"""One process and two make the same draws and the same losses; worlds that are not as asked for are refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+RECORDED = HERE / "recorded_train.py"
+TWO_CPU = ROOT / "configs" / "accelerate" / "two-cpu.yaml"
+
+
+def launch(kind: str) -> list[str]:
+    """The command line of a launcher of two processes, up to the script; on a port that is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    if kind == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    return [accelerate, "launch", "--config_file", str(TWO_CPU), "--main_process_port", port]
+
+
+def read_draws(folder: Path) -> dict[tuple[str, int, int], dict[str, object]]:
+    """(stage, step, row of the global batch) -> all that was drawn for it; nothing may be drawn twice."""
+    found: dict[tuple[str, int, int], dict[str, object]] = {}
+    for file in folder.glob("*.jsonl"):
+        for text in file.read_text().splitlines():
+            line = json.loads(text)
+            row = found.setdefault((line.pop("stage"), line.pop("step"), line.pop("row")), {})
+            assert not row.keys() & line.keys(), "one row, two processes"
+            row.update(line)
+    return found
+
+
+def same_losses(one: dict, two: dict, relative: float) -> None:
+    assert one.keys() == two.keys()
+    assert {stage for stage, kind, _ in one if kind == "train"} == {"vae", "clip", "unet"}
+    for key, values in one.items():
+        assert values.keys() == two[key].keys()
+        if key[1] == "train":
+            for name in ("loss", "learning_rate"):
+                assert math.isclose(values[name], two[key][name], rel_tol=relative), (key, name, values, two[key])
+
+
+def complete(draws: dict[tuple[str, int, int], dict[str, object]]) -> None:
+    """The recorder saw every row of every step, and the options that it is there for happened."""
+    assert set(draws) == {(stage, step, row) for stage in ("vae", "clip", "unet") for step in range(6) for row in range(8)}
+    unet = [row for (stage, _, _), row in draws.items() if stage == "unet"]
+    assert {"example", "mirrored", "caption_row", "dropped", "noise", "posterior", "sigma"} == set(unet[0])
+    for option in ("mirrored", "dropped"):
+        assert {row[option] for row in unet} == {True, False}
+    assert len({row["noise"] for row in unet}) == len(unet) == len({row["sigma"] for row in unet})
+
+
+@pytest.mark.parametrize("kind", ["torchrun", "accelerate"])
+def test_two_processes_train_like_one(kind, mini, trained, measured, environment, tmp_path):
+    recipe = mini(tmp_path)
+    command = [*launch(kind), str(RECORDED), "--config", str(recipe), "train.processes=2"]
+    env = {**environment, "DRAWS_FOLDER": str(tmp_path / "draws")}
+    done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "draws").iterdir())) == 2, "two processes"
+    one, two = read_draws(trained / "draws"), read_draws(tmp_path / "draws")
+    complete(one)
+    assert two == one
+    same_losses(measured(trained / "runs/mini"), measured(tmp_path / "runs/mini"), 1e-5)
+    assert done.stderr.count("the model is in") == 1, "one process speaks"
+
+
+def test_micro_batches_train_like_the_whole_batch(programs, mini, trained, measured, tmp_path):
+    words = ("train.micro_batch=4", "autoencoder.train.micro_batch=2")
+    done = programs("train", "--config", mini(tmp_path), *words, cwd=tmp_path, draws=str(tmp_path / "draws"))
+    assert done.code == 0, done.err
+    assert read_draws(tmp_path / "draws") == read_draws(trained / "draws")
+    same_losses(measured(trained / "runs/mini"), measured(tmp_path / "runs/mini"), 1e-5)
+
+
+def test_two_processes_stop_together_and_one_goes_on(programs, mini, trained, measured, environment, tmp_path):
+    recipe = mini(tmp_path)
+    words = ["--config", str(recipe), "autoencoder.train.micro_batch=1"]
+    command = [*launch("torchrun"), str(ROOT / "train.py"), *words]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stderr=subprocess.PIPE) as process:
+        end = time.monotonic() + 120
+        while not (tmp_path / "runs/mini/metrics.jsonl").exists():
+            assert time.monotonic() < end
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count("the same command continues") <= 2, err
+    assert not (tmp_path / "runs/mini/model").exists(), "stopped before its end"
+    done = programs("train", *words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    same_losses(measured(trained / "runs/mini"), measured(tmp_path / "runs/mini"), 1e-4)
+
+
+def test_the_launcher_that_silently_starts_one_process_is_refused(mini, environment, tree, tmp_path):
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    recipe = mini(tmp_path)
+    before = tree(tmp_path)
+    command = [accelerate, "launch", "--cpu", "--num_processes", "2", str(ROOT / "train.py"), "--config", str(recipe)]
+    env = {**environment, "HF_HOME": os.devnull}  # no defaults from this machine's user
+    done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, check=False, timeout=120)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, done.stderr
+    assert "asked for 2 processes, 1 found" in said[0]
+    assert "accelerate launch --config_file configs/accelerate/two-cpu.yaml train.py" in said[0]
+    assert "returned non-zero exit status 2" in done.stderr, done.stderr
+    assert tree(tmp_path) == before
