@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -23,7 +24,8 @@ def guarded(program: Callable[[], object]) -> None:
     except FloatingPointError as error:
         _leave(f"error: {error}", NOT_FINITE)
     except Interrupted as stop:
-        _leave(str(stop), INTERRUPTED)
+        # All processes stopped at the same step: one says so.
+        _leave(str(stop) if os.environ.get("RANK", "0") == "0" else "", INTERRUPTED)
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED)
     except OSError as error:
@@ -34,7 +36,8 @@ def guarded(program: Callable[[], object]) -> None:
 
 
 def _leave(line: str, code: int) -> None:
-    print(line, file=sys.stderr)
+    if line:
+        print(line, file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -67,6 +67,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f"{folder.name}{ASIDE}")
     old = folder.with_name(f"{folder.name}.old{ASIDE}")
+    if old.exists() and not folder.exists():  # a power cut came between the two renames below
+        old.rename(folder)
     for leftover in (aside, old):
         if leftover.exists():
             shutil.rmtree(leftover)

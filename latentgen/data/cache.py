@@ -68,6 +68,7 @@ class ArrayCache:
         if rank == 0:
             self._allocate()
         self._wait(lambda: self.values.is_file())
+        (self.folder / "done").mkdir(exist_ok=True)
         values = np.load(self.values, mmap_mode="r+")
         chunks = [range(at, min(at + chunk, self.rows)) for at in range(0, self.rows, chunk)]
         mine = [part for part in chunks[rank::world] if not self._marker(part).is_file()]
@@ -79,12 +80,10 @@ class ArrayCache:
             self._wait(lambda: all(self._marker(part).is_file() for part in chunks))
             fsync_folder(self.folder)
             write_json(self.folder / "cache.json", {"what": self.what, "rows": self.rows, "shape": list(self.shape)})
-            for part in chunks:
-                self._marker(part).unlink()
         self._wait(self.complete)
 
     def _marker(self, part: range) -> Path:
-        return self.folder / f"done-{part.start}-{part.stop}"
+        return self.folder / "done" / f"{part.start}-{part.stop}"
 
     def _allocate(self) -> None:
         """Reserve the file; a leftover of the right form from an interrupted run is continued."""

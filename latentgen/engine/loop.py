@@ -168,14 +168,15 @@ class Loop:
         tensors = {f"weights-{name}": dict(module.state_dict()) for name, module in self.plain.items()}
         tensors |= {f"ema-{name}": ema.state_dict() for name, ema in self.ema.items()}
         tensors |= {f"optimizer-{name}": optim.flatten(o.optimizer) for name, o in self.optimizers.items()}
-        tensors["meter"] = self.meter.state_dict()
+        tensors["meter"] = self.meter.state_dict(self.accelerator)
         scaler = self.accelerator.scaler
         return Checkpoint(step, tensors, {"scaler": scaler.state_dict() if scaler is not None else None})
 
     def _save(self, step: int) -> None:
         self.meter.check(self.accelerator)
+        snapshot = self._snapshot(step)
         if self.accelerator.is_main_process:
-            save_checkpoint(self.paths.checkpoints, self._snapshot(step), self.settings.keep_last)
+            save_checkpoint(self.paths.checkpoints, snapshot, self.settings.keep_last)
         self.accelerator.wait_for_everyone()
 
     def _restore(self) -> int:

@@ -44,8 +44,14 @@ class Meter:
         self._sums = {}
         return values
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {f"{name}.{count}": total for name, (total, count) in self._sums.items()}
+    def state_dict(self, accelerator: Accelerator) -> dict[str, Tensor]:
+        """The sums, averaged over processes: all of them must ask, and any number of them may take it back."""
+        state: dict[str, Tensor] = {}
+        for name, (total, count) in sorted(self._sums.items()):
+            mean = accelerator.reduce(total, "mean")
+            assert isinstance(mean, Tensor)
+            state[f"{name}.{count}"] = mean
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor], device: torch.device) -> None:
         for key, total in state.items():

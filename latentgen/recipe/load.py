@@ -70,8 +70,8 @@ def _nearest(key: str) -> str:
     section, _, last = key.rpartition(".")
     inside = {k.rpartition(".")[2]: k for k in leaves if k.rpartition(".")[0] == section}
     # Of the keys with one last part the least nested is meant, unless the section says otherwise.
-    nested = sorted(reversed(leaves), key=lambda k: -k.count("."))
-    tails = {k.rpartition(".")[2]: k for k in nested} | inside
+    nested = sorted(leaves, key=lambda k: k.count("."))
+    tails = {k.rpartition(".")[2]: k for k in reversed(nested)} | inside
     short = {"".join(word[0] for word in tail.split("_")): k for tail, k in tails.items() if "_" in tail}
     near = (
         [inside[name] for name in difflib.get_close_matches(last, inside, n=1, cutoff=0.75)]

@@ -56,7 +56,7 @@ class StageTrain(Section):
 class Autoencoder(Section):
     """The VAE: `from` a model folder, or trained on the data as described here."""
 
-    source: str | None = Field(default=None, alias="from", description="model folder (or hub id) to take the VAE from")
+    source: str | None = Field(default=None, alias="from", description="model folder to take the VAE from")
     latent_channels: int = Field(default=8, ge=1)
     channels: tuple[int, ...] = Field(
         default=(16, 32, 64, 128), min_length=1, description="per level; each level halves the side"
@@ -96,9 +96,7 @@ class ImageTower(Section):
 class TextEncoder(Section):
     """CLIP: `from` a model folder, or two towers trained contrastively on the captions."""
 
-    source: str | None = Field(
-        default=None, alias="from", description="model folder (or hub id) to take the text encoder from"
-    )
+    source: str | None = Field(default=None, alias="from", description="model folder to take the text encoder from")
     width: int = Field(default=128, ge=8)
     layers: int = Field(default=3, ge=1)
     heads: int = Field(default=4, ge=1)
@@ -114,7 +112,7 @@ class TextEncoder(Section):
 class UNet(Section):
     """The denoising network: `from` a model folder (fine-tuning), or new."""
 
-    source: str | None = Field(default=None, alias="from", description="model folder (or hub id) to start from")
+    source: str | None = Field(default=None, alias="from", description="model folder to start from")
     channels: tuple[int, ...] = Field(default=(96, 192), min_length=1)
     layers_per_block: int = Field(default=2, ge=1)
     attention: tuple[bool, ...] = Field(default=(True, True), description="cross-attention at this level?")
@@ -211,6 +209,11 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if self.data.source == "folder" and not self.data.path:
             raise ValueError("data.path: say which folder holds the pictures (data.path=my_pictures)")
+        a = self.autoencoder
+        if a.critic_weight > 0 and (a.patch or self.data.resolution) < 24:
+            raise ValueError(
+                "autoencoder.patch: the critic needs pictures of 24 pixels or more; leave it out, or enlarge it"
+            )
         if self.text_encoder.train.micro_batch is not None:
             raise ValueError(
                 "text_encoder.train.micro_batch: the contrastive loss needs its whole batch at once; "

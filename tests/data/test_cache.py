@@ -51,7 +51,7 @@ def test_one_process_fills_it(tmp_path: Path) -> None:
     assert made.complete()
     assert [len(rows) for rows in compute.asked] == [2, 2, 2, 2, 2, 1]
     assert np.array_equal(made.open(), expected())
-    assert names(tmp_path) == ["cache.json", "values.npy"]
+    assert names(tmp_path) == ["cache.json", "done", "values.npy"]
     with pytest.raises(ValueError, match="read-only"):
         made.open()[0] = 1
 
@@ -70,7 +70,7 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
         thread.join(timeout=60)
     assert np.array_equal(cache(tmp_path).open(), expected())
     assert [[rows.start for rows in compute.asked] for compute in computes] == [[0, 4, 8], [2, 6, 10]]
-    assert names(tmp_path) == ["cache.json", "values.npy"]
+    assert names(tmp_path) == ["cache.json", "done", "values.npy"]
 
 
 @pytest.mark.parametrize("fail_at", [0, 4, 10])

@@ -24,7 +24,9 @@ def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        k: torch.cat([p[k] for p in parts]) if isinstance(parts[0][k], torch.Tensor) else sum((p[k] for p in parts), [])
+        k: torch.cat([p[k] for p in parts])
+        if isinstance(parts[0][k], torch.Tensor)
+        else [x for p in parts for x in p[k]]
         for k in parts[0]
     }
 

@@ -38,7 +38,7 @@ def whole() -> dict[int, list[tuple[int, int, float]]]:
 @pytest.mark.parametrize("micro", [None, 1, 2])
 def test_any_cut_gives_the_same_rows(world: int, micro: int | None, whole: dict) -> None:
     ranks = [seen(Cut(BATCH, micro, rank, world)) for rank in range(world)]
-    assert {step: sum((rank[step] for rank in ranks), []) for step in range(STEPS)} == whole
+    assert {step: [pair for rank in ranks for pair in rank[step]] for step in range(STEPS)} == whole
 
 
 def test_workers_change_nothing(whole: dict) -> None:

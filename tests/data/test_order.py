@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -56,7 +58,7 @@ def test_positions_do_not_depend_on_the_split(n: int, start: int, lengths: list[
     edges = [start]
     for length in lengths:
         edges.append(edges[-1] + length)
-    parts = [examples_at(range(a, b), n, 1, "s") for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [examples_at(range(a, b), n, 1, "s") for a, b in itertools.pairwise(edges)]
     assert sum(parts, ()) == examples_at(range(start, edges[-1]), n, 1, "s")
 
 

@@ -42,7 +42,7 @@ def test_meter_refuses_what_is_not_finite(bad: float, accelerator: Accelerator) 
     meter.add("fine", torch.tensor(1.0))
     meter.add("loss", torch.tensor(bad))
     meter.add("loss", torch.tensor(1.0))
-    with pytest.raises(FloatingPointError, match="^loss not finite"):
+    with pytest.raises(FloatingPointError, match=r"^loss not finite"):
         meter.check(accelerator)
 
 
@@ -50,7 +50,7 @@ def test_meter_state_continues_the_mean(accelerator: Accelerator) -> None:
     meter, other = Meter(), Meter()
     for value in (1.0, 2.0):
         meter.add("critic/loss.x", torch.tensor(value))
-    other.load_state_dict(meter.state_dict(), torch.device("cpu"))
+    other.load_state_dict(meter.state_dict(accelerator), torch.device("cpu"))
     other.add("critic/loss.x", torch.tensor(6.0))
     assert other.read(accelerator) == {"critic/loss.x": 3.0}
 

@@ -63,7 +63,7 @@ def test_check_world() -> None:
 
 
 def test_check_precision() -> None:
-    with pytest.raises(UserError, match="train.precision is fp32 but the launcher says --mixed_precision bf16"):
+    with pytest.raises(UserError, match=r"train.precision is fp32 but the launcher says --mixed_precision bf16"):
         check_precision("fp32", {"ACCELERATE_MIXED_PRECISION": "bf16"})
     check_precision("bf16", {"ACCELERATE_MIXED_PRECISION": "bf16"})
     check_precision("bf16", {"ACCELERATE_MIXED_PRECISION": "no"})

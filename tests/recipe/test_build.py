@@ -90,8 +90,8 @@ def test_fine_tuning_keeps_the_process_of_the_start(
     assert same(model.unet, start.unet)
     with pytest.raises(UserError, match=r"diffusion.target: v, but .* predicts eps"):
         build.new_model(with_(recipe, diffusion={"target": "v"}), start.vae, start.text_encoder, start.tokenizer)
-    with pytest.raises(UserError, match="autoencoder: unet.from expects width 4, this one gives 3"):
-        other = build.new_vae(with_(tiny_recipe, autoencoder={"latent_channels": 3}))
+    other = build.new_vae(with_(tiny_recipe, autoencoder={"latent_channels": 3}))
+    with pytest.raises(UserError, match=r"autoencoder: unet.from expects width 4, this one gives 3"):
         build.new_model(recipe, other, start.text_encoder, start.tokenizer)
 
 

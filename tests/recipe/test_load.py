@@ -106,9 +106,9 @@ def test_mistakes_in_the_file(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_mistakes_of_the_command_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="`train.steps` is not an override; write section.key=value"):
+    with pytest.raises(UserError, match=r"`train.steps` is not an override; write section.key=value"):
         load_recipe(None, ["train.steps"])
-    with pytest.raises(UserError, match="command line, train.steps: not valid YAML"):
+    with pytest.raises(UserError, match=r"command line, train.steps: not valid YAML"):
         load_recipe(None, ["train.steps={"])
     with pytest.raises(UserError, match="no such recipe"):
         load_recipe(tmp_path / "absent.yaml")

@@ -34,7 +34,7 @@ def plan(tiny_recipe: Recipe) -> Plan:
 
 @pytest.fixture(scope="module")
 def larger(tiny_recipe: Recipe) -> Plan:
-    """Twice the steps and twice the batch for the U-Net, mirrored pictures, and a quarter of each for the autoencoder."""
+    """For the U-Net twice the steps and the batch, mirrored pictures, a quarter of each for the autoencoder."""
     recipe = changed(tiny_recipe, "train", steps=24, global_batch=16)
     recipe = changed(recipe, "data", flip=True)
     return make_plan(changed(recipe, "autoencoder", patch=32))

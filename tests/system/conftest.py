@@ -113,9 +113,7 @@ def mini() -> Callable[[Path], Path]:
 
 
 @pytest.fixture(scope="session")
-def trained(
-    programs: Programs, mini: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def trained(programs: Programs, mini: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `runs/mini`, trained without interruption, and `draws`. Tests may read it but not change it."""
     folder = tmp_path_factory.mktemp("trained")
     done = programs("train", "--config", mini(folder), cwd=folder, draws=str(folder / "draws"))

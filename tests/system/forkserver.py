@@ -3,9 +3,9 @@
 Not a test. Reads one JSON request a line, answers one JSON line. {"argv": [...]} forks a process that runs
 `latentgen ARGV` as its own program, in its own process group; {"wait": PID} waits for its end.
 
-A program may carry "hooks": {"kill": [FUNCTION, CALL, SIGNAL]} sends itself a signal when a function has been called so
-often (before that call's work for SIGKILL, after it for others), {"free_bytes": N} makes the disk look full, {"chunk": N}
-makes caches work in smaller pieces, {"draws": FOLDER} records all draws.
+A program may carry "hooks": {"kill": [FUNCTION, CALL, SIGNAL]} sends itself a signal when a function has been called
+so often (before that call's work for SIGKILL, after it for others), {"free_bytes": N} makes the disk look full,
+{"chunk": N} makes caches work in smaller pieces, {"draws": FOLDER} records all draws.
 """
 
 from __future__ import annotations

@@ -1,6 +1,12 @@
-"""`train.py` that writes down its draws: what the launchers of several processes start in the tests."""
+"""`train.py` that writes down its draws: what the launchers of several processes start in the tests.
+
+STOP="RANK STEP" makes that process, and only that one, get a SIGINT in its STEP-th step.
+"""
+
+from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,7 +15,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recorder import record
 
 from latentgen.cli.main import run_verb
+from latentgen.engine.loop import Loop
+
+plain_step = Loop._step
+steps = 0
+
+
+def step(self: Loop, *arguments: object) -> None:
+    global steps
+    steps += 1
+    if os.environ.get("STOP") == f"{os.environ['RANK']} {steps}":
+        os.kill(os.getpid(), signal.SIGINT)
+    plain_step(self, *arguments)  # type: ignore[arg-type]
+
 
 if __name__ == "__main__":
     record(os.environ["DRAWS_FOLDER"])
+    Loop._step = step  # type: ignore[method-assign]
     run_verb("train")

@@ -25,7 +25,10 @@ TRAIN = {
     "broken YAML": (["--config", "broken.yaml"], ["broken.yaml", "not valid YAML"]),
     "a list as recipe": (["--config", "list.yaml"], ["list.yaml", "mapping"]),
     "a key twice": (["--config", "twice.yaml"], ["twice.yaml", "given twice"]),
-    "missing folder": (["--config", "mini.yaml", "data.source=folder", "data.path=absent"], ["absent", "no such folder"]),
+    "missing folder": (
+        ["--config", "mini.yaml", "data.source=folder", "data.path=absent"],
+        ["absent", "no such folder"],
+    ),
     "no folder named": (["--config", "mini.yaml", "data.source=folder"], ["data.path"]),
     "empty folder": (["--config", "mini.yaml", "data.source=folder", "data.path=empty"], ["empty", "is empty"]),
     "no captions": (["--config", "mini.yaml", "data.source=folder", "data.path=mute"], ["mute", "no captions found"]),
@@ -64,7 +67,10 @@ SAMPLE = {
     "device": (["a star", "--model", "MODEL", "--device", "toaster"], ["--device toaster"]),
     "no GPU": (["a star", "--model", "MODEL", "--device", "cuda"], ["--device cuda"]),
     "number expected": (["a star", "--model", "MODEL", "--steps", "few"], ["--steps", "valid integer"]),
-    "out is a file": (["a star", "--model", "MODEL", "--num", "1", "--steps", "1", "--out", "empty.txt"], ["empty.txt"]),
+    "out is a file": (
+        ["a star", "--model", "MODEL", "--num", "1", "--steps", "1", "--out", "empty.txt"],
+        ["empty.txt"],
+    ),
 }
 
 

@@ -15,11 +15,10 @@ def pictures(tmp_path):
     folder, rng = tmp_path / "pictures", np.random.default_rng(0)
     folder.mkdir()
     rows = []
-    for number, (size, kind) in enumerate(
-        [((64, 64), "png"), ((100, 80), "jpg"), ((70, 120), "png"), ((64, 64), "webp"), ((90, 90), "bmp"), ((65, 64), "png")]
-    ):
+    sizes = [(64, 64), (80, 100), (120, 70), (64, 64), (90, 90), (64, 65)]
+    for number, (size, kind) in enumerate(zip(sizes, ["png", "jpg", "png", "webp", "bmp", "png"], strict=True)):
         name = f"{number:02d}.{kind}"
-        Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(folder / name)
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / name)
         rows.append({"file_name": name, "text": f"a picture of the number {number}"})
     content = (folder / "00.png").read_bytes()
     (folder / "broken.png").write_bytes(content[: len(content) // 2])
@@ -35,7 +34,7 @@ def test_folder_to_samples(programs, mini, pictures, tmp_path):
     done = programs("train", "--config", mini(tmp_path), *data, *steps, *batch, cwd=tmp_path)
     assert done.code == 0, done.err
     named = [line for line in done.errors if "broken.png" in line]
-    assert len(named) == 1 or all("validation" in line or line == named[0] for line in named), done.err
+    assert set(named) == {named[0]}, "one reason; said again where the folder is read again, to measure on"
     assert named[0].startswith("warning: ")
     assert any("6 pictures with 6 captions, 1 skipped" in line for line in done.errors), done.err
     run = tmp_path / "runs/own"

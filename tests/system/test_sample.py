@@ -118,7 +118,7 @@ def test_the_newest_finished_run_is_taken_and_named(programs, trained, model, tm
 
 
 def test_the_script_itself(trained, pair, environment, tmp_path):
-    cwd, paths = pair[0]
+    cwd, _ = pair[0]
     words = ["a red circle", "--runs", trained / "runs", "--seed", 5, *FEW]
     command = [sys.executable, str(ROOT / "sample.py"), *map(str, words)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, check=False)

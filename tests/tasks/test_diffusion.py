@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def test_draws_are_those_of_the_names(tiny: Model, draw: DrawOf) -> None:
     torch.testing.assert_close(drawn.sigma, tiny.parameterization().sigma_of_fraction(u))
     assert torch.equal(drawn.context, batch["context"])
     strata = tiny.parameterization().sigma_of_fraction(torch.arange(9) / 8)
-    counts = [int(((drawn.sigma >= a) & (drawn.sigma < b)).sum()) for a, b in zip(strata, strata[1:], strict=False)]
+    counts = [int(((drawn.sigma >= a) & (drawn.sigma < b)).sum()) for a, b in itertools.pairwise(strata)]
     assert counts == [1] * 8, "one level in each eighth"
 
 

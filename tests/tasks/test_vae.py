@@ -68,7 +68,7 @@ def test_the_plain_loss_is_pixels_and_divergence(tiny_builder: Callable, few: Ca
 def test_the_perceptual_term_is_added(tiny_builder: Callable, few: Callable, draw: DrawOf, vgg: str) -> None:
     made, d = task(tiny_builder, few, perceptual=0.5, perceptual_weights=vgg, kl=0.0), draw(range(2))
     losses = made.losses("vae", batch(few, d), d)
-    assert 0 < float(losses["perceptual"]) <= 10
+    assert 0 < losses["perceptual"].item() <= 10
     torch.testing.assert_close(losses["loss"], losses["pixel"] + 0.5 * losses["perceptual"])
     assert not any(
         name.startswith("features") for module in made.modules.values() for name, _ in module.named_parameters()
@@ -90,7 +90,7 @@ def test_the_critic_starts_late_and_each_phase_trains_its_own(
     losses = made.losses("vae", batch(few, late, 32), late)
     assert bool(torch.stack(list(losses.values())).isfinite().all())
     without = losses["pixel"] + 1e-6 * losses["kl"]
-    assert float((losses["loss"] - without).abs()) > 1e-6, "the adversarial term takes part"
+    assert (losses["loss"] - without).abs().item() > 1e-6, "the adversarial term takes part"
     losses["loss"].backward()
     assert made.vae.decoder.conv_out.weight.grad is not None
     made.vae.zero_grad()
