@@ -192,7 +192,7 @@ def objective(recipe: Recipe, model: Model) -> Objective:
     weight: Callable = lookup(WEIGHTS, d.weight, "weight")
     if d.weight == "min_snr":
         weight = partial(weight, gamma=d.min_snr_gamma)
-    return Objective(model.parameterization(), density, weight)
+    return Objective(model.parameterization(), density, weight, recipe.autoencoder.posterior)
 
 
 def previews(recipe: Recipe) -> list[Request]:

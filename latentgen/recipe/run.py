@@ -150,9 +150,11 @@ class Run:
                 patch_tries=a.patch_tries,
                 captions=0,
             )
-            self._stage(
-                task, fetch, lambda loop: finish_vae(loop.averaged["vae"], self.source, self.recipe.seed, result)
-            )
+
+            def finish(loop: Loop) -> None:
+                finish_vae(loop.averaged["vae"], self.source, self.recipe.seed, result, posterior=a.posterior)
+
+            self._stage(task, fetch, finish)
         with quiet_libraries():
             vae = AutoencoderKL.from_pretrained(result)
         assert isinstance(vae, AutoencoderKL)

@@ -64,6 +64,9 @@ class Autoencoder(Section):
     layers_per_block: int = Field(default=1, ge=0)
     norm_groups: int = Field(default=4, ge=1)
     mid_attention: bool = False
+    posterior: Literal["sample", "mean"] = Field(
+        default="sample", description="what diffusion learns: draws from the encoder's posterior, or its mean"
+    )
     initialise: Literal["default", "residual", "patch"] = "patch"
     patch: int | None = Field(
         default=None, ge=8, description="train on random square cuts of this side (null: whole pictures)"

@@ -32,11 +32,13 @@ class Objective:
         parameterization: what it predicts.
         density: (u `[b]` in (0, 1), parameterization) -> sigma `[b]`.
         weight: (sigma `[b]`, parameterization) -> weight `[b]` of each example's loss.
+        posterior: "sample" learns draws from the autoencoder's posterior, "mean" its means.
     """
 
     parameterization: Parameterization
     density: Callable[[Tensor, Parameterization], Tensor]
     weight: Callable[[Tensor, Parameterization], Tensor]
+    posterior: str = "sample"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ class DiffusionTask:
     def draws(self, batch: Any, draw: Draw) -> Noised:
         """The random part of a step, a pure function of the step and the position in the global batch."""
         device, shape = self.model.unet.device, batch["mean"].shape[1:]
-        z = sample_latents(batch["mean"], batch["std"], draw.normal("posterior", shape))
+        z = batch["mean"]
+        if self.objective.posterior == "sample":
+            z = sample_latents(z, batch["std"], draw.normal("posterior", shape))
         u = stratified(draw.uniform("level"), draw.permutation("stratum"), draw.global_batch)
         sigma = self.objective.density(u, self.objective.parameterization)
         noise = draw.normal("noise", shape)

@@ -59,6 +59,13 @@ def test_draws_are_those_of_the_names(tiny: Model, draw: DrawOf) -> None:
     assert counts == [1] * 8, "one level in each eighth"
 
 
+def test_the_posterior_mean_may_be_learned_instead(tiny: Model, draw: DrawOf) -> None:
+    d, made = draw(step=4), task(tiny)
+    made.objective = dataclasses.replace(made.objective, posterior="mean")
+    batch = cached()(d)
+    torch.testing.assert_close(made.draws(batch, d).x0, batch["mean"])
+
+
 def test_a_foreign_autoencoders_scaling_is_applied(tiny_builder: Callable[..., Model], draw: DrawOf) -> None:
     model, d = tiny_builder(), draw()
     model.vae.register_to_config(scaling_factor=0.25, shift_factor=0.5)
