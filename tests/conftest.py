@@ -24,6 +24,11 @@ from latentgen.recipe.schema import Recipe
 SIDE = 16
 
 
+def pytest_configure() -> None:
+    """Tiny tensors gain nothing from threads, and parallel workers would fight for the cores."""
+    torch.set_num_threads(1)
+
+
 @dataclass(frozen=True)
 class FewPictures:
     """A source of random pictures in memory; example i is a pure function of i and `seed`."""
