@@ -29,11 +29,12 @@ pipeline_tag: text-to-image
 
 # shapes-model
 
-Draws the shapes world of latentgen at {side}x{side} pixels: circles, squares, triangles, stars, hearts and crosses in eight colours, on white
-or gray, one to four at a time. Trained from nothing, all three networks, on nothing but that procedural world: no picture
-of the world outside, and no other model, went into it.
+Draws the shapes world of latentgen at {side}x{side} pixels: circles, squares, triangles, stars, hearts and crosses in
+eight colours, on white or gray, one to four at a time. Trained from nothing, all three networks, on nothing but that
+procedural world: no picture of the world outside, and no other model, went into it.
 
-- Made by `accelerate launch train.py --config configs/{recipe}.yaml`, then `python benchmarks/ship_model.py runs/{recipe}`.
+- Made by `accelerate launch train.py --config configs/{recipe}.yaml`,
+  then `python benchmarks/ship_model.py runs/{recipe}`.
 - Counted compute: {flops} FLOP. Seed {seed}. The whole recipe is in `latentgen.json`.
 - Stored in half precision, {size:.1f} MB, safetensors only.
 - Opens with `python sample.py "a red circle"` and with `diffusers.StableDiffusionPipeline.from_pretrained`.
