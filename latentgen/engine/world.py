@@ -82,6 +82,17 @@ def check_precision(precision: str, environment: Mapping[str, str]) -> None:
         )
 
 
+def check_wrapping(environment: Mapping[str, str]) -> None:
+    """Raise `UserError` when the launcher asks for sharding: the loop copies whole weights, and on the CPU
+    accelerate would answer with plain data parallelism and no word of it.
+    """
+    for name, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        if environment.get(variable, "false").lower() == "true":
+            raise UserError(
+                f"the launcher asks for {name}, which this trainer cannot do; use configs/accelerate/many-gpus.yaml"
+            )
+
+
 def make_accelerator(precision: str, processes: int | None = None, device: str | None = None) -> Accelerator:
     """The accelerator of this process.
 
@@ -97,6 +108,7 @@ def make_accelerator(precision: str, processes: int | None = None, device: str |
         raise UserError(f"--device {device}: training takes cpu, or the GPUs that the launcher gives it (leave it out)")
     launcher = launcher_command()
     check_precision(precision, os.environ)
+    check_wrapping(os.environ)
     cpu = device == "cpu" or not torch.accelerator.is_available()
     if cpu and precision == "fp16":
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")

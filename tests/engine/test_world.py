@@ -8,7 +8,14 @@ import pytest
 
 from latentgen.core.errors import UserError
 from latentgen.engine import world
-from latentgen.engine.world import check_precision, check_world, launcher_command, make_accelerator, processes_asked
+from latentgen.engine.world import (
+    check_precision,
+    check_world,
+    check_wrapping,
+    launcher_command,
+    make_accelerator,
+    processes_asked,
+)
 
 LAUNCH = ["/venv/bin/python", "/venv/bin/accelerate", "launch"]
 
@@ -104,3 +111,11 @@ def test_half_precision_needs_a_gpu() -> None:
 def test_one_process_where_two_are_asked_is_refused() -> None:
     with pytest.raises(UserError, match="asks for 2 processes, 1 found"):
         make_accelerator("fp32", processes=2, device="cpu")
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharding_is_refused_rather_than_ignored(variable: str) -> None:
+    check_wrapping({variable: "false"})
+    check_wrapping({})
+    with pytest.raises(UserError, match=r"launcher asks for (FSDP|DeepSpeed).*many-gpus\.yaml"):
+        check_wrapping({variable: "true"})

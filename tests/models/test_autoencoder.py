@@ -149,7 +149,6 @@ def test_residual_initialisation_turns_blocks_into_their_shortcuts() -> None:
         ae.initialise(vae, "nonsense")
 
 
-
 def test_patch_initialisation_carries_the_picture_along_the_shortcuts() -> None:
     plain, patch = tiny(), tiny()
     ae.initialise(patch, "patch")
