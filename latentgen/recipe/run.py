@@ -152,7 +152,7 @@ class Run:
             )
 
             def finish(loop: Loop) -> None:
-                finish_vae(loop.averaged["vae"], self.source, self.recipe.seed, result, posterior=a.posterior)
+                finish_vae(loop.averaged["vae"], self.source, self.recipe.seed, result)
 
             self._stage(task, fetch, finish)
         with quiet_libraries():

@@ -126,13 +126,11 @@ class VaeTask:
 
 
 @torch.no_grad()
-def latent_statistics(
-    vae: AutoencoderKL, source: Source, seed: int, *, posterior: str = "sample", pictures: int = 2048
-) -> tuple[Tensor, Tensor]:
+def latent_statistics(vae: AutoencoderKL, source: Source, seed: int, pictures: int = 2048) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation `[c]` of the raw latents over (at most) the first `pictures` examples, in float64.
 
-    Args:
-        posterior: "sample" measures draws from the encoder's posterior, "mean" its means.
+    They are those of draws from the posterior, also where diffusion will learn its means: a channel that the KL term
+    has switched off has means near 0 and draws of width 1, and must not be blown up to the size of the others.
     """
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     draws = torch.Generator().manual_seed(seed)
@@ -140,7 +138,7 @@ def latent_statistics(
         image = to_tensor([source.image(i) for i in range(at, min(at + 32, len(source), pictures))])
         mean, std = encode_moments(vae, image.to(vae.device))
         noise = torch.randn(mean.shape, generator=draws).to(mean.device)
-        z = (mean if posterior == "mean" else sample_latents(mean, std, noise)).double().cpu()
+        z = sample_latents(mean, std, noise).double().cpu()
         count += z.numel() // z.shape[1]
         total = total + z.sum(dim=(0, 2, 3))
         squares = squares + z.square().sum(dim=(0, 2, 3))
@@ -148,14 +146,14 @@ def latent_statistics(
     return mean, (squares / count - mean.square()).clamp_min(0).sqrt()
 
 
-def finish_vae(averaged: nn.Module, source: Source, seed: int, folder: Path, *, posterior: str = "sample") -> None:
+def finish_vae(averaged: nn.Module, source: Source, seed: int, folder: Path) -> None:
     """Whiten the trained autoencoder on the data and write it, in diffusers' layout, to `folder`.
 
     The measured mean and standard deviation are folded into its weights and kept in `latent_statistics.json`.
     """
     assert isinstance(averaged, AutoencoderForTraining)
     vae = copy.deepcopy(averaged.vae).requires_grad_(True)
-    mean, std = latent_statistics(vae, source, seed, posterior=posterior)
+    mean, std = latent_statistics(vae, source, seed)
     fold_whitening(vae, mean, std)
 
     def fill(aside: Path) -> None:
