@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--runs", default="runs")
-    parser.add_argument("--quick", action="store_true", help="a fifth of the prompts")
+    parser.add_argument("--quick", action="store_true", help="a sixth of the prompts")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     recipe = load_recipe(options.config, options.overrides)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 import typer
+from safetensors import SafetensorError
 
 from latentgen.core.errors import Interrupted, UserError
 
@@ -28,6 +29,11 @@ def guarded(program: Callable[[], object]) -> None:
         _leave(str(stop) if os.environ.get("RANK", "0") == "0" else "", INTERRUPTED)
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED)
+    except SafetensorError as error:
+        # The library wraps the system's error; its number is in the text.
+        if f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        _leave("error: no space left on the disk; make room and run the same command again", USER_ERROR)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise

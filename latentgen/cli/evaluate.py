@@ -23,7 +23,7 @@ def evaluate() -> None:
 @app.command()
 def shapes(
     model: Annotated[Path | None, typer.Option(help="Model folder; default: the newest run.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A fifth of the prompts.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A sixth of the prompts.")] = False,
     num: Annotated[int, typer.Option(help="Pictures a prompt.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the first picture of each prompt.")] = 0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,

@@ -42,7 +42,11 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     if file is not None:
         if not file.is_file():
             raise UserError(f"--prompts {file}: no such file; it should hold one prompt a line")
-        lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"--prompts {file}: not a text file in UTF-8; it should hold one prompt a line") from None
+        lines = (line.strip() for line in text.splitlines())
         found += [line for line in lines if line and not line.startswith("#")]
     if not found:
         raise UserError('no prompt: write one, as in `python sample.py "a red circle"`, or say --prompts FILE')

@@ -21,6 +21,9 @@ from latentgen.core.files import fsync_folder, require_free_space, write_json
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = 60.0
+"""Seconds of waiting for other processes before a warning says what for."""
+
 
 @dataclass(frozen=True)
 class ArrayCache:
@@ -69,13 +72,17 @@ class ArrayCache:
             self._allocate()
         self._wait(lambda: self.values.is_file())
         (self.folder / "done").mkdir(exist_ok=True)
-        values = np.load(self.values, mmap_mode="r+")
         chunks = [range(at, min(at + chunk, self.rows)) for at in range(0, self.rows, chunk)]
         mine = [part for part in chunks[rank::world] if not self._marker(part).is_file()]
-        for part in tqdm(mine, desc=f"caching {self.what}", unit="chunk", disable=rank != 0, leave=False):
-            values[part.start : part.stop] = compute(part)
-            values.flush()
-            self._marker(part).touch()
+        first = self.values.stat().st_size - self.bytes
+        with open(self.values, "r+b") as file:
+            for part in tqdm(mine, desc=f"caching {self.what}", unit="chunk", disable=rank != 0, leave=False):
+                # Plain writes of exactly these bytes: a memory map would write back whole pages, neighbours' rows too.
+                file.seek(first + part.start * self.bytes // self.rows)
+                file.write(np.ascontiguousarray(compute(part), dtype=np.float16).tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+                self._marker(part).touch()
         if rank == 0:
             self._wait(lambda: all(self._marker(part).is_file() for part in chunks))
             fsync_folder(self.folder)
@@ -86,7 +93,7 @@ class ArrayCache:
         return self.folder / "done" / f"{part.start}-{part.stop}"
 
     def _allocate(self) -> None:
-        """Reserve the file; a leftover of the right form from an interrupted run is continued."""
+        """Make the file; a leftover of the right form from an interrupted run, or another run's, is continued."""
         if self.values.is_file():
             return
         require_free_space(self.folder, self.bytes, f"the cache of {self.what}")
@@ -94,9 +101,18 @@ class ArrayCache:
         array = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float16, shape=(self.rows, *self.shape))
         array.flush()
         del array
-        aside.replace(self.values)
+        try:
+            os.link(aside, self.values)
+        except FileExistsError:
+            logger.info("%s: another run has begun the same cache; both fill it", self.what)
+        finally:
+            aside.unlink()
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         """Wait on the disk, not in a collective call that would time out while another process is still computing."""
+        begun, told = time.monotonic(), False
         while not ready():
+            if time.monotonic() - begun > PATIENCE and not told:
+                logger.warning("still waiting for other processes to fill %s (do all of them share it?)", self.folder)
+                told = True
             time.sleep(0.05)

@@ -1,1 +1,1 @@
-"""Floor 1: the one training loop and what it needs. accelerate is imported only here."""
+"""Floor 1: the one training loop and what it needs. accelerate's workings are known only here."""

@@ -33,7 +33,9 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
-    """Write `folder/STEP`, then remove all but the newest `keep_last`.
+    """Write `folder/STEP`, then remove all but the newest `keep_last` up to it.
+
+    Checkpoints of later steps go too: a run only comes here again when those were damaged and passed over.
 
     Raises:
         UserError: the disk has too little room; what was there before is untouched.
@@ -52,8 +54,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Pat
         write_json(aside / "manifest.json", {name: file_sha256(aside / name) for name in files})
 
     write_folder(target, fill)
-    for old in steps_in(folder)[:-keep_last]:
-        shutil.rmtree(folder / f"{old:08d}")
+    steps = steps_in(folder)
+    kept = [step for step in steps if step <= checkpoint.step][-keep_last:]
+    for step in steps:
+        if step not in kept:
+            shutil.rmtree(folder / f"{step:08d}")
     return target
 
 

@@ -14,7 +14,7 @@ def decay_at(step: int, decay: float) -> float:
 
 
 class Ema:
-    """An averaged copy of `module`, kept in float32.
+    """An averaged copy of `module`, in its own type.
 
     `averaged` is a module of the same class in eval mode, to be used as it is.
     """

@@ -62,7 +62,7 @@ class Loop:
             )
             self.optimizers[phase.name] = accelerator.prepare(optimizer)
         for name, module in self.plain.items():
-            task.modules[name] = accelerator.prepare(module)
+            task.modules[name] = accelerator.prepare(module.train())
         self.meter = Meter()
 
     @property
@@ -78,8 +78,6 @@ class Loop:
             FloatingPointError: the loss is not finite.
         """
         start, steps = self._restore(), self.settings.steps
-        if start >= steps:
-            return
         main = self.accelerator.is_main_process
         bar = tqdm(total=steps, initial=start, desc=self.task.name, unit="step", disable=not main)
         trackers = Trackers(
@@ -87,27 +85,33 @@ class Loop:
         )
         redirect = logging_redirect_tqdm([logging.getLogger("latentgen")])
         with StopRequest() as stop, bar, trackers, redirect:
-            if start % self.settings.preview_every == 0:  # also the one that a kill may have swallowed
+            if start == steps or start % self.settings.preview_every == 0:  # also one that a kill has swallowed
                 self._preview(start, trackers)
             since, done = time.perf_counter(), start
             for step, micro_batches in self.data.iterate(start):
                 self._step(step, micro_batches)
                 count = step + 1
-                last, stopping = count == steps, self._agree(stop.asked)
+                last = count == steps
+                logging_now, saving_now = (
+                    last or count % every == 0 for every in (self.settings.log_every, self.settings.save_every)
+                )
+                stopping = self._agree(stop.asked, logging_now or saving_now)
                 bar.update()
-                if last or count % self.settings.log_every == 0:
+                if logging_now:
                     values = self.meter.read(self.accelerator)
                     now = time.perf_counter()
                     speed = {"steps_per_second": (count - done) / (now - since), "learning_rate": self._rate(step)}
                     trackers.log(count, "train", {**values, **speed})
                     bar.set_postfix(loss=f"{values['loss']:.4f}")
                     since, done = now, count
-                if last or stopping or count % self.settings.save_every == 0:
+                if saving_now or stopping:
                     self._save(count)
                 if stopping and not last:
                     raise Interrupted(f"stopped after step {count} of {steps}, saved; the same command continues")
                 if last or count % self.settings.preview_every == 0:
                     self._preview(count, trackers)
+        if self._agree(stop.asked, True):
+            raise Interrupted(f"stopped after the last step of {self.task.name}, saved; the same command continues")
 
     def _step(self, step: int, micro_batches: MicroBatches) -> None:
         for phase in self.task.phases():
@@ -134,7 +138,10 @@ class Loop:
                 self.meter.add(prefix + key, value / parts, count=number == parts - 1)
         parameters = [p for name in phase.trains for p in self.plain[name].parameters()]
         norm = self.accelerator.clip_grad_norm_(parameters, self.settings.grad_clip)
-        self.meter.add(f"{prefix}grad_norm", torch.as_tensor(norm, device=self.accelerator.device))
+        norm = torch.as_tensor(norm, device=self.accelerator.device)
+        if self.accelerator.scaler is not None:  # float16 overflows by design: the scaler then skips the step
+            norm = torch.where(norm.isfinite(), norm, torch.zeros_like(norm))
+        self.meter.add(f"{prefix}grad_norm", norm)
         for group in optimizer.param_groups:
             group["lr"] = self._rate(step)
         optimizer.step()
@@ -150,10 +157,12 @@ class Loop:
             final=s.final_learning_rate,
         )
 
-    def _agree(self, asked: bool) -> bool:
-        """Every process stops at the same step when one is asked to."""
+    def _agree(self, asked: bool, waiting: bool) -> bool:
+        """Every process stops at the same step when one is asked to; several confer only where they wait anyway."""
         if self.accelerator.num_processes == 1:
             return asked
+        if not waiting:
+            return False
         flag = self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device), "sum")
         return bool(flag > 0)  # type: ignore[operator]
 

@@ -9,6 +9,8 @@ from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
+from latentgen.core.files import write_text
+
 
 class Trackers:
     """Append-only log of one run; use as a context manager.
@@ -24,7 +26,7 @@ class Trackers:
         if metrics.is_file():
             lines = [line for line in metrics.read_text().splitlines() if _whole(line)]
             kept = [line for line in lines if not _ahead(json.loads(line), stage, start_step)]
-            metrics.write_text("".join(line + "\n" for line in kept))
+            write_text(metrics, "".join(line + "\n" for line in kept))
         self._file = open(metrics, "a", buffering=1)
         self._board = SummaryWriter(str(tensorboard / stage), purge_step=start_step)
 

@@ -16,12 +16,13 @@ import psutil
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_config_file
 
 from latentgen.core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-TWO_CPU = "accelerate launch --config_file configs/accelerate/two-cpu.yaml train.py"
+TWO_CPU = "accelerate launch --config_file configs/accelerate/two-cpu.yaml train.py --device cpu"
 
 
 def launcher_command() -> list[str]:
@@ -31,23 +32,25 @@ def launcher_command() -> list[str]:
             words = parent.cmdline()
         except (psutil.AccessDenied, psutil.NoSuchProcess):
             continue
-        if "launch" in words and any(Path(word).name in ("accelerate", "accelerate-launch") for word in words):
-            return words
-        if any(Path(word).name == "accelerate-launch" for word in words):
+        names = {Path(word).name for word in words}
+        if {"accelerate", "launch"} <= names or {"accelerate-launch", "accelerate.commands.launch"} & names:
             return words
     return []
 
 
-def processes_asked(launcher: Sequence[str], environment: Mapping[str, str]) -> int | None:
+def processes_asked(
+    launcher: Sequence[str], environment: Mapping[str, str], default_config: Path | None = None
+) -> int | None:
     """How many processes the launcher was asked for, or None when it did not say.
 
     Args:
         launcher: the launcher's command line, [] without one.
         environment: the process's environment (torchrun sets WORLD_SIZE).
+        default_config: what `accelerate config` wrote, which `accelerate launch` reads unless told otherwise.
     """
     if "WORLD_SIZE" in environment:
         return int(environment["WORLD_SIZE"])
-    config = None
+    config = default_config if launcher else None
     for position, word in enumerate(launcher):
         name, _, value = word.partition("=")
         value = value or (launcher[position + 1] if position + 1 < len(launcher) else "")
@@ -62,9 +65,13 @@ def processes_asked(launcher: Sequence[str], environment: Mapping[str, str]) -> 
     return None
 
 
-def check_world(found: int, launcher: Sequence[str], environment: Mapping[str, str], wanted: int | None) -> None:
-    """Raise `UserError` when the number of processes found is not the number asked for."""
-    asked = processes_asked(launcher, environment)
+def check_world(found: int, asked: int | None, wanted: int | None) -> None:
+    """Raise `UserError` when the number of processes found is not the one asked for.
+
+    Args:
+        asked: by the launcher, as `processes_asked` tells.
+        wanted: by the recipe.
+    """
     for number, by in ((asked, "the launcher was asked for"), (wanted, "the recipe (train.processes) asks for")):
         if number is not None and number != found:
             raise UserError(
@@ -113,7 +120,8 @@ def make_accelerator(precision: str, processes: int | None = None, device: str |
     if cpu and precision == "fp16":
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
     accelerator = Accelerator(cpu=cpu, mixed_precision={"fp32": "no"}.get(precision, precision))
-    check_world(accelerator.num_processes, launcher, os.environ, processes)
+    asked = processes_asked(launcher, os.environ, Path(default_config_file))
+    check_world(accelerator.num_processes, asked, processes)
     if cpu and (launcher or "WORLD_SIZE" in os.environ):
         # Launchers set OMP_NUM_THREADS=1 for every process; give each its share of the cores instead.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -4,7 +4,8 @@ Three kinds of latents, never mixed up:
 
 * raw latents z, what the encoder itself says: `encode_moments` and `sample_latents`;
 * latents, what diffusion works on: `latents_of(z) = (z - shift_factor) * scaling_factor`;
-* white latents: after `fold_whitening` the two are the same, with mean 0 and standard deviation 1 per channel.
+* white latents: after `fold_whitening` the two are the same, and draws have mean 0 and standard deviation 1 per channel
+  (the posterior's means alone vary less).
 """
 
 from __future__ import annotations
@@ -103,12 +104,14 @@ def initialise(vae: AutoencoderKL, scheme: str) -> None:
             if module.conv_shortcut is not None and scheme == "patch":
                 nn.init.orthogonal_(module.conv_shortcut.weight)
         elif isinstance(module, Downsample2D) and scheme == "patch":
-            width_out, width_in = module.conv.weight.shape[:2]
-            taps = nn.init.orthogonal_(torch.empty(width_out, width_in * 4)).view(width_out, width_in, 2, 2)
-            module.conv.weight[:, :, :2, :2] += taps
+            conv = module.conv
+            assert isinstance(conv, nn.Conv2d)
+            taps = nn.init.orthogonal_(torch.empty(conv.out_channels, conv.in_channels * 4))
+            conv.weight[:, :, :2, :2] += taps.view(conv.out_channels, conv.in_channels, 2, 2)
         elif isinstance(module, Upsample2D) and scheme == "patch":
-            assert isinstance(module.conv, nn.Conv2d)
-            module.conv.weight[:, :, 1, 1] += torch.eye(module.conv.out_channels)
+            conv = module.conv
+            assert isinstance(conv, nn.Conv2d)
+            conv.weight[:, :, 1, 1] += torch.eye(conv.out_channels)
 
 
 def _zero(conv: nn.Module) -> None:

@@ -19,6 +19,8 @@ def ssim(first: Tensor, second: Tensor, window: int = 11, sigma: float = 1.5) ->
     Args:
         first, second: pictures `[b, 3, h, w]` in [-1, 1], both sides at least `window`.
     """
+    # In float64 on the CPU: the difference of squares below loses too much in a GPU's TensorFloat-32.
+    first, second = first.detach().cpu().double(), second.detach().cpu().double()
     at = torch.arange(window, dtype=first.dtype, device=first.device) - (window - 1) / 2
     line = torch.exp(-(at**2) / (2 * sigma**2))
     kernel = torch.outer(line, line) / line.sum() ** 2

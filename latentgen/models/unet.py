@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,8 @@ def build_unet(
     transformer_layers: int = 1,
     norm_groups: int = 32,
     dropout: float = 0.0,
+    pooled_text: bool = False,
+    time_scale_shift: bool = False,
 ) -> UNet2DConditionModel:
     """Build a text-conditioned U-Net with random weights.
 
@@ -45,6 +48,10 @@ def build_unet(
         transformer_layers: transformer layers in each attention block.
         norm_groups: groups of each group normalisation; must divide every width.
         dropout: probability in [0, 1), in residual and transformer blocks.
+        pooled_text: also pool the text by attention and add it to the time embedding, which reaches every residual
+            block; a network that is not given years to learn follows its prompt much sooner.
+        time_scale_shift: the time embedding scales and shifts normalised activations (arXiv 2105.05233 section 3),
+            instead of being added to them.
 
     Raises:
         UserError: the numbers do not fit together.
@@ -83,6 +90,9 @@ def build_unet(
         transformer_layers_per_block=transformer_layers,
         norm_num_groups=norm_groups,
         dropout=dropout,
+        addition_embed_type="text" if pooled_text else None,
+        addition_embed_type_num_heads=math.gcd(context_dim, 4),
+        resnet_time_scale_shift="scale_shift" if time_scale_shift else "default",
     )
 
 

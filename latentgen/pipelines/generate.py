@@ -61,11 +61,10 @@ def check(request: Request, model: Model) -> None:
             raise UserError(f"--{name} {side}: must be a multiple of {times}, the model's latent factor")
     if request.num_inference_steps < 1:
         raise UserError(f"--steps {request.num_inference_steps}: the number of sampling steps must be at least 1")
-    if request.guidance_scale < 0:
-        raise UserError(f"--guidance-scale {request.guidance_scale}: must not be negative")
+    if not 0 <= request.guidance_scale < float("inf"):
+        raise UserError(f"--guidance-scale {request.guidance_scale}: must be a number and not negative")
     find_sampler(request.sampler)
-    if request.schedule is not None:
-        lookup(SCHEDULES, request.schedule, "schedule")
+    _sigmas(request, model)
 
 
 @torch.no_grad()
@@ -92,6 +91,16 @@ def generate(
             yield from to_pictures(decode(model.vae, _latents(model, batch, on_step)))
 
 
+def _sigmas(request: Request, model: Model) -> Tensor:
+    """The noise levels `[n + 1]` that the request visits; by default those the model's process was made for."""
+    parameterization = model.parameterization()
+    if request.schedule is None and isinstance(parameterization, Flow):
+        shift = float(model.schedule.get("shift", 1.0))
+        return SCHEDULES["flow"](request.num_inference_steps, parameterization, shift=shift)
+    schedule = lookup(SCHEDULES, request.schedule or "trailing", "schedule")
+    return schedule(request.num_inference_steps, parameterization)
+
+
 def _settings(request: Request) -> Request:
     return dataclasses.replace(request, prompt="", negative_prompt="", seed=0)
 
@@ -105,12 +114,10 @@ def start_noise(request: Request, channels: int, times: int) -> Tensor:
 def _latents(model: Model, batch: list[Request], on_step: Callable[[int], object] | None) -> Tensor:
     """Sample the latents `[b, c, h, w]` of requests with equal settings."""
     first, device = batch[0], model.unet.device
-    parameterization = model.parameterization()
-    schedule = first.schedule or ("flow" if isinstance(parameterization, Flow) else "trailing")
-    sigmas = lookup(SCHEDULES, schedule, "schedule")(first.num_inference_steps, parameterization)
+    sigmas = _sigmas(first, model)
     noise = torch.cat([start_noise(r, model.vae.config["latent_channels"], factor(model.vae)) for r in batch])
     x = initial_state(noise.to(device), float(sigmas[0]))
-    denoise = _denoiser(model, batch, parameterization)
+    denoise = _denoiser(model, batch, model.parameterization())
     report = None if on_step is None else lambda i, x, x0_hat: on_step(len(batch))
     latents = find_sampler(first.sampler)(denoise, x, sigmas, on_step=report)
     return latents.to(model.vae.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,9 +27,11 @@ from latentgen.models.autoencoder import build_autoencoder, initialise
 from latentgen.models.clip import Clip, ClipShape, build_clip
 from latentgen.models.unet import build_unet
 from latentgen.pipelines.generate import Request
-from latentgen.recipe.schema import Recipe
+from latentgen.recipe.schema import Autoencoder, Recipe, TextEncoder, UNet
 from latentgen.tasks.diffusion import Objective
 from latentgen.tasks.vae import VaeLosses
+
+logger = logging.getLogger(__name__)
 
 
 def source(recipe: Recipe) -> Source:
@@ -62,8 +65,22 @@ def check(recipe: Recipe, processes: int) -> None:
     for stage in (stage for stage, source in own.items() if source is None):
         cut(recipe, stage, world=processes)
     find_sampler(recipe.preview.sampler)
+    for section in ("autoencoder", "text_encoder", "unet"):
+        _warn_of_ignored(section, getattr(recipe, section))
     if recipe.data.validation is not None and not Path(recipe.data.validation).is_dir():
         raise UserError(f"{recipe.data.validation}: no such folder; check data.validation")
+
+
+def _warn_of_ignored(name: str, section: Autoencoder | TextEncoder | UNet) -> None:
+    """A network taken `from` a folder is as it is there: say which settings therefore have no effect."""
+    if section.source is None:
+        return
+    plain = type(section).model_validate({"from": section.source})
+    kept = {"source", "posterior", "attention_kernel"}
+    changed = [key for key in type(section).model_fields if getattr(section, key) != getattr(plain, key)]
+    for key in changed:
+        if key not in kept:
+            logger.warning("%s.%s is ignored, because %s.from is given", name, key, name)
 
 
 def seeded(recipe: Recipe, stage: str) -> None:
@@ -141,6 +158,8 @@ def new_unet(recipe: Recipe, vae: AutoencoderKL, context_dim: int) -> UNet2DCond
         transformer_layers=u.transformer_layers,
         norm_groups=u.norm_groups,
         dropout=u.dropout,
+        pooled_text=u.pooled_text,
+        time_scale_shift=u.time_scale_shift,
     )
 
 
@@ -160,19 +179,7 @@ def new_model(recipe: Recipe, vae: AutoencoderKL, text_encoder: CLIPTextModel, t
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, prediction=prediction, schedule=schedule
         )
     start = load_model(Path(recipe.unet.source))
-    if d.target is not None and d.target != start.prediction:
-        raise UserError(
-            f"diffusion.target: {d.target}, but the network of unet.from ({recipe.unet.source}) predicts "
-            f"{start.prediction}; leave diffusion.target out"
-        )
-    for part, wanted, found in (
-        ("autoencoder", start.unet.config["in_channels"], vae.config["latent_channels"]),
-        ("text_encoder", start.unet.config["cross_attention_dim"], text_encoder.config.hidden_size),
-    ):
-        if wanted != found:
-            raise UserError(
-                f"{part}: unet.from expects width {wanted}, this one gives {found}; use `{part}.from` alike"
-            )
+    require_fit(recipe, start, vae, text_encoder.config.hidden_size)
     return Model(
         vae=vae,
         text_encoder=text_encoder,
@@ -181,6 +188,24 @@ def new_model(recipe: Recipe, vae: AutoencoderKL, text_encoder: CLIPTextModel, t
         prediction=start.prediction,
         schedule=start.schedule,
     )
+
+
+def require_fit(recipe: Recipe, start: Model, vae: AutoencoderKL, context_dim: int) -> None:
+    """Raise `UserError` unless the U-Net of `unet.from` fits the other two networks and predicts what is asked for."""
+    target = recipe.diffusion.target
+    if target is not None and target != start.prediction:
+        raise UserError(
+            f"diffusion.target: {target}, but the network of unet.from ({recipe.unet.source}) predicts "
+            f"{start.prediction}; leave diffusion.target out"
+        )
+    for part, wanted, found in (
+        ("autoencoder", start.unet.config["in_channels"], vae.config["latent_channels"]),
+        ("text_encoder", start.unet.config["cross_attention_dim"], context_dim),
+    ):
+        if wanted != found:
+            raise UserError(
+                f"{part}: unet.from expects width {wanted}, this one gives {found}; use `{part}.from` alike"
+            )
 
 
 def objective(recipe: Recipe, model: Model) -> Objective:

@@ -51,7 +51,10 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        """FLOPs of training and caching, as torch's FlopCounterMode counts them (multiply and add are two)."""
+        """FLOPs of training and caching, as torch's FlopCounterMode counts them (multiply and add are two).
+
+        Left out: the critic and the perceptual network, previews, validation.
+        """
         return sum(stage.flops for stage in self.stages) + self.cache_flops
 
     @property
@@ -108,6 +111,7 @@ def make_plan(recipe: Recipe) -> Plan:
             unet = build.new_unet(recipe, vae, width)
         else:
             model = _existing(recipe.unet.source)
+            build.require_fit(recipe, model, vae, width)
             unet = _on_meta(model.unet)
         reduced = side // factor(vae)
         latents = torch.empty(PROBE, vae.config["latent_channels"], reduced, reduced)
@@ -176,5 +180,10 @@ def _text(recipe: Recipe, image: Tensor, stages: list[StagePlan]) -> tuple[int, 
 
 
 def describe(recipe: Recipe) -> str:
-    """The resolved recipe and its plan, as `--dry-run` prints them."""
+    """The resolved recipe and its plan, as `--dry-run` prints them.
+
+    Raises:
+        UserError: a mistake that can be found without training.
+    """
+    build.check(recipe, processes=1)
     return f"{dump_recipe(recipe)}\n{make_plan(recipe).table()}"

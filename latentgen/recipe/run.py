@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import logging
 import platform
 from collections.abc import Callable
@@ -19,11 +20,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentgen import __version__
 from latentgen.core.errors import UserError
-from latentgen.core.files import write_folder, write_text
+from latentgen.core.files import content_key, file_sha256, write_folder, write_json, write_text
 from latentgen.core.runfolder import RunFolder
 from latentgen.data.fetch import CachedBatches, PictureBatches, to_tensor
 from latentgen.data.loader import Loader
 from latentgen.data.sources.base import Source
+from latentgen.data.sources.folder import FolderSource
 from latentgen.engine.loop import Loop
 from latentgen.engine.settings import StagePaths
 from latentgen.engine.task import Task
@@ -65,6 +67,7 @@ class Run:
         self.recipe, self.folder = recipe, RunFolder(root / recipe.name)
         self.accelerator: Accelerator = make_accelerator(recipe.train.precision, recipe.train.processes, device)
         self.source: Source = build.source(recipe)
+        self.inputs = {"data": self.source.key(), "from": _from_weights(recipe)}
         self._refuse_another_recipe()
 
     def train(self) -> Path:
@@ -89,6 +92,12 @@ class Run:
         return self.folder.model
 
     def _refuse_another_recipe(self) -> None:
+        inputs = self.folder.path / "inputs.json"
+        if inputs.is_file() and json.loads(inputs.read_text()) != self.inputs:
+            raise UserError(
+                f"{self.folder.path} was begun with other data or other `from:` weights than are there now; "
+                "bring those back, or choose another name="
+            )
         if self.folder.recipe.is_file():
             difference = _difference(load_recipe(self.folder.recipe), self.recipe)
             if difference is not None:
@@ -104,12 +113,17 @@ class Run:
                 f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "accelerate")
             )
             head = f"# latentgen {__version__}, Python {platform.python_version()}, {libraries}\n"
+            write_json(self.folder.path / "inputs.json", self.inputs)
+            if isinstance(self.source, FolderSource) and self.source.skipped:
+                write_json(self.folder.path / "skipped.json", dict(self.source.skipped))
             write_text(self.folder.recipe, head + dump_recipe(self.recipe))
         self.accelerator.wait_for_everyone()
 
     def _metadata(self, flops: float) -> dict[str, Any]:
         recipe = self.recipe.model_dump(mode="json", by_alias=True)
-        return {"recipe": recipe, "data": self.source.key(), "flops": flops}
+        measured = self.folder.result("vae") / "latent_statistics.json"
+        statistics = json.loads(measured.read_text()) if measured.is_file() else None
+        return {"recipe": recipe, "flops": flops, "latent_statistics": statistics, **self.inputs}
 
     def _stage(self, task: Task, fetch: Callable[..., Any], finish: Callable[[Loop], None]) -> None:
         """Train one task to its end, then let `finish` write the stage's result; nothing when it is there."""
@@ -213,6 +227,15 @@ class Run:
 def _finish_unet(averaged: nn.Module, folder: Path) -> None:
     assert isinstance(averaged, UNet2DConditionModel)
     write_folder(folder, lambda aside: copy.deepcopy(averaged).save_pretrained(aside))
+
+
+def _from_weights(recipe: Recipe) -> dict[str, str]:
+    """What identifies the weights that the recipe starts from: folder -> hash of its files."""
+    folders = {part.source for part in (recipe.autoencoder, recipe.text_encoder, recipe.unet)} - {None}
+    return {
+        str(folder): content_key(*(file_sha256(path) for path in sorted(Path(folder).rglob("*.safetensors"))))
+        for folder in sorted(filter(None, folders))
+    }
 
 
 def _difference(before: Recipe, now: Recipe) -> str | None:

@@ -21,9 +21,12 @@ class Data(Section):
     )
     path: str | None = Field(default=None, description="folder of pictures and captions (source: folder)")
     split: str | None = Field(default=None, description="subfolder (train, validation) or part of the shapes world")
-    resolution: int = Field(default=64, ge=8, description="side of the training picture, in pixels")
+    resolution: int = Field(default=64, ge=16, description="side of the training picture, in pixels")
     crop: Literal["center", "stretch"] = Field(default="center", description="how a picture that is not square is cut")
-    flip: bool = Field(default=False, description="show each picture mirrored half of the time")
+    flip: bool = Field(
+        default=False,
+        description="show each picture mirrored half of the time (captions that say left or right become untrue)",
+    )
     size: int = Field(default=20_000, ge=1, description="examples in the procedural world")
     captions: int | None = Field(default=None, ge=1, description="use at most so many captions an example (null: all)")
     holdout: int = Field(default=64, ge=1, description="pictures kept for measuring reconstruction")
@@ -123,6 +126,8 @@ class UNet(Section):
     transformer_layers: int = Field(default=1, ge=1)
     norm_groups: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    pooled_text: bool = Field(default=False, description="the whole prompt also enters through the time embedding")
+    time_scale_shift: bool = Field(default=False, description="the time embedding scales and shifts, not only adds")
     attention_kernel: Literal["auto", "math", "flash"] = "auto"
 
 
@@ -179,16 +184,19 @@ class Preview(Section):
     """Pictures drawn while training: the same prompts and seeds every time."""
 
     every: int = Field(default=500, ge=1)
-    prompts: tuple[str, ...] = (
-        "a red circle",
-        "two green stars",
-        "a blue square above a yellow heart",
-        "a large pink cross",
+    prompts: tuple[str, ...] = Field(
+        default=(
+            "a red circle",
+            "two green stars",
+            "a blue square above a yellow heart",
+            "a large pink cross",
+        ),
+        min_length=1,
     )
     negative_prompt: str = ""
     num: int = Field(default=2, ge=1, description="pictures a prompt")
     seed: int = 0
-    num_inference_steps: int = Field(default=20, ge=1)
+    num_inference_steps: int = Field(default=20, ge=1, le=1000)
     guidance_scale: float = Field(default=4.0, ge=0)
     sampler: str = "dpmpp_2m"
 
@@ -217,6 +225,13 @@ class Recipe(Section):
             raise ValueError(
                 "autoencoder.patch: the critic needs pictures of 24 pixels or more; leave it out, or enlarge it"
             )
+        if a.critic_weight > 0 and (a.train.micro_batch or self.train.micro_batch) is not None:
+            raise ValueError(
+                "autoencoder.critic_weight: the critic is balanced over the whole batch, leave micro_batch out; "
+                "lower autoencoder.train.global_batch instead"
+            )
+        if a.patch is not None and a.patch > self.data.resolution:
+            raise ValueError(f"autoencoder.patch: {a.patch} is larger than data.resolution, {self.data.resolution}")
         if self.text_encoder.train.micro_batch is not None:
             raise ValueError(
                 "text_encoder.train.micro_batch: the contrastive loss needs its whole batch at once; "

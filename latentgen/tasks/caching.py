@@ -97,8 +97,8 @@ def cache_text(
     ]
     distinct = list(number)
     tokenizer = model.tokenizer.backend_tokenizer.to_str()
-    key = content_key("text", VERSION, weights_key(model.text_encoder), tokenizer, distinct)
     shape = (model.tokenizer.model_max_length, model.text_encoder.config.hidden_size)
+    key = content_key("text", VERSION, weights_key(model.text_encoder), tokenizer, distinct, shape)
     cache = ArrayCache(folder / "text" / key, len(distinct), shape, f"text states of {len(distinct)} captions")
 
     def compute(part: range) -> NDArray[np.float16]:

@@ -74,8 +74,9 @@ class VaeTask:
         self.modules: dict[str, nn.Module] = {"vae": trained}
         self.averaged: tuple[str, ...] = ("vae",)
         self._last_layer = trained.last_layer
+        self._critic = PatchCritic(losses.critic_channels)
         if losses.critic > 0:
-            self.modules["critic"] = PatchCritic(losses.critic_channels)
+            self.modules["critic"] = self._critic
         self._perceptual = Perceptual(losses.perceptual_weights or "imagenet") if losses.perceptual > 0 else None
 
     def phases(self) -> tuple[Phase, ...]:
@@ -90,6 +91,7 @@ class VaeTask:
         if phase == "critic":
             with torch.no_grad():
                 fake = self._reconstruct(image, draw).reconstruction
+            self._critic.requires_grad_(True)
             critic = self.modules["critic"]
             return {"loss": hinge_critic_loss(critic(image), critic(fake))}
         out = self._reconstruct(image, draw)
@@ -103,7 +105,8 @@ class VaeTask:
             reconstruction = reconstruction + self.weights.perceptual * parts["perceptual"]
         loss = reconstruction + self.weights.kl * kl
         if self.weights.critic > 0 and draw.step >= self.weights.critic_start:
-            parts["adversarial"] = hinge_generator_loss(self.modules["critic"](out.reconstruction))
+            # The critic judges here and learns in its own phase; called bare, no wrapper waits for its gradients.
+            parts["adversarial"] = hinge_generator_loss(self._critic.requires_grad_(False)(out.reconstruction))
             balance = adaptive_weight(reconstruction, parts["adversarial"], self._last_layer)
             loss = loss + self.weights.critic * balance * parts["adversarial"]
         return {"loss": loss, **parts}
@@ -127,18 +130,19 @@ class VaeTask:
 
 @torch.no_grad()
 def latent_statistics(vae: AutoencoderKL, source: Source, seed: int, pictures: int = 2048) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `[c]` of the raw latents over (at most) the first `pictures` examples, in float64.
+    """Mean and standard deviation `[c]` of the raw latents over about `pictures` evenly spread examples, in float64.
 
     They are those of draws from the posterior, also where diffusion will learn its means: a channel that the KL term
     has switched off has means near 0 and draws of width 1, and must not be blown up to the size of the others.
     """
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     draws = torch.Generator().manual_seed(seed)
-    for at in range(0, min(pictures, len(source)), 32):
-        image = to_tensor([source.image(i) for i in range(at, min(at + 32, len(source), pictures))])
+    chosen = range(0, len(source), max(1, len(source) // pictures))
+    for at in range(0, len(chosen), 32):
+        image = to_tensor([source.image(i) for i in chosen[at : at + 32]])
         mean, std = encode_moments(vae, image.to(vae.device))
         noise = torch.randn(mean.shape, generator=draws).to(mean.device)
-        z = sample_latents(mean, std, noise).double().cpu()
+        z = sample_latents(mean, std, noise).cpu().double()
         count += z.numel() // z.shape[1]
         total = total + z.sum(dim=(0, 2, 3))
         squares = squares + z.square().sum(dim=(0, 2, 3))
@@ -152,7 +156,7 @@ def finish_vae(averaged: nn.Module, source: Source, seed: int, folder: Path) -> 
     The measured mean and standard deviation are folded into its weights and kept in `latent_statistics.json`.
     """
     assert isinstance(averaged, AutoencoderForTraining)
-    vae = copy.deepcopy(averaged.vae).requires_grad_(True)
+    vae = copy.deepcopy(averaged.vae).cpu()  # not every device has float64
     mean, std = latent_statistics(vae, source, seed)
     fold_whitening(vae, mean, std)
 

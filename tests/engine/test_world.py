@@ -55,18 +55,24 @@ def test_the_projects_launcher_files_say_how_many() -> None:
     assert processes_asked([*LAUNCH, "--config_file", str(path), "train.py"], {}) == 2
 
 
+def test_what_accelerate_config_wrote_counts_unless_a_file_is_named(tmp_path: Path) -> None:
+    default, named = tmp_path / "default_config.yaml", tmp_path / "named.yaml"
+    default.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
+    named.write_text("num_processes: 3\n")
+    assert processes_asked([*LAUNCH, "train.py"], {}, default) == 2
+    assert processes_asked([*LAUNCH, "--config_file", str(named), "train.py"], {}, default) == 3
+    assert processes_asked([], {}, default) is None, "nobody launched anything"
+
+
 def test_check_world() -> None:
-    two = [*LAUNCH, "--cpu", "--num_processes", "2", "train.py"]
     with pytest.raises(
         UserError, match=r"the launcher was asked for 2 processes, 1 found: nothing was trained; .*two-cpu"
     ):
-        check_world(1, two, {}, None)
+        check_world(1, 2, None)
     with pytest.raises(UserError, match=r"the recipe \(train.processes\) asks for 1 process, 2 found"):
-        check_world(2, two, {}, 1)
-    with pytest.raises(UserError, match="the launcher was asked for 2 processes, 1 found"):
-        check_world(1, [], {"WORLD_SIZE": "2"}, None)
-    check_world(2, two, {}, 2)
-    check_world(1, [], {}, None)
+        check_world(2, 2, 1)
+    check_world(2, 2, 2)
+    check_world(1, None, None)
 
 
 def test_check_precision() -> None:

@@ -126,3 +126,18 @@ def test_kernels_agree() -> None:
         with attention_kernel("flash"):
             second = unet(x, t, context).sample
     torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
+
+
+def test_pooled_text_reaches_a_network_without_cross_attention_on_the_way_down() -> None:
+    torch.manual_seed(0)
+    unet = build_unet(
+        latent_size=8, latent_channels=4, channels=(16, 16), layers_per_block=1, attention=(False, False),
+        context_dim=12, heads=2, norm_groups=8, pooled_text=True, time_scale_shift=True,
+    )  # fmt: skip
+    assert unet.config["addition_embed_type"] == "text"
+    x, t = torch.randn(2, 4, 8, 8), torch.zeros(2)
+    skips = []
+    unet.down_blocks[0].register_forward_hook(lambda module, given, made: skips.append(made[0]))
+    for seed in (1, 2):
+        unet(x, t, encoder_hidden_states=torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(seed)))
+    assert not torch.allclose(skips[0], skips[1]), "the text must reach the first level, which does not attend to it"
