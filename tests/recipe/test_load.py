@@ -136,7 +136,9 @@ def test_a_recipe_cannot_be_changed() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    prompts=st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=12), max_size=3),
+    prompts=st.lists(
+        st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=12), min_size=1, max_size=3
+    ),
     name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,6}", fullmatch=True),
     rate=st.floats(1e-12, 1e3),
     seed=st.integers(0, 2**40),
