@@ -62,7 +62,7 @@ def check(request: Request, model: Model) -> None:
     if request.num_inference_steps < 1:
         raise UserError(f"--steps {request.num_inference_steps}: the number of sampling steps must be at least 1")
     if not 0 <= request.guidance_scale < float("inf"):
-        raise UserError(f"--guidance-scale {request.guidance_scale}: must be a number and not negative")
+        raise UserError(f"--guidance-scale {request.guidance_scale}: must not be negative, nor infinite")
     find_sampler(request.sampler)
     _sigmas(request, model)
 

@@ -92,12 +92,6 @@ class Run:
         return self.folder.model
 
     def _refuse_another_recipe(self) -> None:
-        inputs = self.folder.path / "inputs.json"
-        if inputs.is_file() and json.loads(inputs.read_text()) != self.inputs:
-            raise UserError(
-                f"{self.folder.path} was begun with other data or other `from:` weights than are there now; "
-                "bring those back, or choose another name="
-            )
         if self.folder.recipe.is_file():
             difference = _difference(load_recipe(self.folder.recipe), self.recipe)
             if difference is not None:
@@ -105,6 +99,12 @@ class Run:
                     f"{self.folder.path} was made by another recipe ({difference}); "
                     "choose another name=, or remove that folder"
                 )
+        inputs = self.folder.path / "inputs.json"
+        if inputs.is_file() and json.loads(inputs.read_text()) != self.inputs:
+            raise UserError(
+                f"{self.folder.path} was begun with other data or other `from:` weights than are there now; "
+                "bring those back, or choose another name="
+            )
 
     def _claim(self) -> None:
         """Write the recipe down: the first thing written, when all that can be checked beforehand has been."""

@@ -17,11 +17,12 @@ NASTY = ROOT.parent / "shared" / "data" / "nasty"
 pytestmark = pytest.mark.skipif(not NASTY.is_dir(), reason="needs ../shared/data/nasty")
 
 # The index calls these readable, but their data is damaged: what a lenient reader shows is not the whole picture.
-DAMAGED = {
-    "069_trun_broken_data_stream.png": "damaged",
-    "088_trun_crash-0da013a13571cc8eb457a39fee8db18f8a3c7127.tif": "libtiff",
-    "191_synt_flipped_byte.png": "damaged",
-}
+DAMAGED = (
+    "069_trun_broken_data_stream.png",
+    "088_trun_crash-0da013a13571cc8eb457a39fee8db18f8a3c7127.tif",
+    "191_synt_flipped_byte.png",
+)
+NEWER_PILLOW = ("170_trun_ycbcr_lzw_broken.tif",)  # Pillow 13 reads it, 12 refuses it
 
 SCRIPT = r"""
 import json, re, sys
@@ -71,8 +72,8 @@ def test_whole_pictures_are_not_refused(outcome):
     for row in rows:
         name = row["file_name"].removeprefix("files/")
         result = outcome["found"][name]
-        if name in DAMAGED:
-            assert DAMAGED[name] in result
+        if name in DAMAGED or (name in NEWER_PILLOW and isinstance(result, str)):
+            assert "damaged" in result
         elif row["rgb_ok"]:
             assert result[0] == "RGB", (name, result)
             assert sorted(result[1:]) == sorted(row["rgb_size"]), name  # upright, so perhaps turned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -150,13 +151,16 @@ def test_the_default_schedule_follows_the_process(
     tiny_builder: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    lookup = module.lookup
 
-    def spy(table: Any, name: str, what: str) -> Any:
-        asked.append(name)
-        return lookup(table, name, what)
+    def spied(name: str, schedule: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def spy(*given: Any, **knobs: Any) -> torch.Tensor:
+            asked.append(name)
+            return schedule(*given, **knobs)
 
-    monkeypatch.setattr(module, "lookup", spy)
+        return spy
+
+    monkeypatch.setattr(module, "SCHEDULES", {name: spied(name, s) for name, s in module.SCHEDULES.items()})
     for prediction in ("v", "flow"):
         list(generate(tiny_builder(prediction), [ask()]))
-    assert asked == ["trailing", "flow"]
+        asked.append("|")
+    assert [name for name, _ in itertools.groupby(asked)] == ["trailing", "|", "flow", "|"]
