@@ -73,11 +73,6 @@ def make_model(prediction: str = "eps", schedule: dict[str, Any] | None = None, 
     )
 
 
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Model]:
     """Builder of tiny models: `tiny_model(prediction, schedule, **metadata)`."""
