@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from latentgen.engine import sharding
+
 
 def decay_at(step: int, decay: float) -> float:
     """The decay after optimizer step `step` (from 0): short at first, so that the random start is soon forgotten."""
@@ -16,24 +18,28 @@ def decay_at(step: int, decay: float) -> float:
 class Ema:
     """An averaged copy of `module`, in its own type.
 
-    `averaged` is a module of the same class in eval mode, to be used as it is.
+    `averaged` is a module of the same class in eval mode, to be used as it is unless it has been cut.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.averaged = copy.deepcopy(module).eval().requires_grad_(False)
 
+    def shard_like(self, module: nn.Module) -> None:
+        """Cut the average as `module`, which was sharded meanwhile; to be used it must be put together again."""
+        pairs = zip(self.averaged.parameters(), module.parameters(), strict=True)
+        self.averaged = sharding.rebuilt(self.averaged, [sharding.cut(mine, theirs) for mine, theirs in pairs])
+
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Move the average towards `module`'s weights after optimizer step `step`."""
-        torch._foreach_lerp_(
-            list(self.averaged.parameters()), list(module.parameters()), 1 - decay_at(step, self.decay)
-        )
-        for mine, theirs in zip(self.averaged.buffers(), module.buffers(), strict=True):
-            mine.copy_(theirs)
+        mine, theirs = sharding.local(self.averaged), sharding.local(module)
+        torch._foreach_lerp_(mine, theirs, 1 - decay_at(step, self.decay))
+        for kept, new in zip(self.averaged.buffers(), module.buffers(), strict=True):
+            kept.copy_(new)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.averaged.state_dict())
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.averaged.load_state_dict(state)
+        sharding.load(self.averaged, state)

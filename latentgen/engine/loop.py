@@ -21,11 +21,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from latentgen.core.errors import Interrupted
 from latentgen.core.rand import Draw, seed_of
-from latentgen.engine import optim
+from latentgen.engine import optim, sharding
 from latentgen.engine.checkpoint import Checkpoint, load_newest, save_checkpoint
 from latentgen.engine.ema import Ema
 from latentgen.engine.meter import Meter
 from latentgen.engine.settings import LoopSettings, StagePaths
+from latentgen.engine.sharding import Sharding
 from latentgen.engine.stop import StopRequest
 from latentgen.engine.task import Phase, Task
 from latentgen.engine.trackers import Trackers
@@ -44,14 +45,28 @@ class StepData(Protocol):
 
 
 class Loop:
-    """One stage's training: build it, then call `run`."""
+    """One stage's training: build it, then call `run`.
+
+    With `shards`, the networks that have an average are cut over the processes; the others, small, are left to DDP.
+    """
 
     def __init__(
-        self, task: Task, data: StepData, settings: LoopSettings, accelerator: Accelerator, paths: StagePaths
+        self,
+        task: Task,
+        data: StepData,
+        settings: LoopSettings,
+        accelerator: Accelerator,
+        paths: StagePaths,
+        shards: Sharding | None = None,
     ) -> None:
         self.task, self.data, self.settings, self.accelerator, self.paths = task, data, settings, accelerator, paths
         self.plain = {name: module.to(accelerator.device) for name, module in task.modules.items()}
         self.ema = {name: Ema(self.plain[name], settings.ema_decay) for name in task.averaged}
+        cut = () if shards is None else task.averaged
+        for name in cut:
+            assert shards is not None
+            sharding.shard(self.plain[name], shards, accelerator.device)
+            self.ema[name].shard_like(self.plain[name])
         self.optimizers: dict[str, Any] = {}
         for phase in task.phases():
             optimizer = optim.adamw(
@@ -62,13 +77,14 @@ class Loop:
             )
             self.optimizers[phase.name] = accelerator.prepare(optimizer)
         for name, module in self.plain.items():
-            task.modules[name] = accelerator.prepare(module.train())
+            # In accelerate's words, evaluation_mode is mixed precision without DDP.
+            task.modules[name] = accelerator.prepare_model(module.train(), evaluation_mode=name in cut)
         self.meter = Meter()
 
-    @property
     def averaged(self) -> Mapping[str, nn.Module]:
-        """The averaged modules, to preview and export."""
-        return {name: ema.averaged for name, ema in self.ema.items()}
+        """The averaged modules, to preview and export. All processes must ask; the main one gets them all, whole."""
+        averages = {name: ema.averaged for name, ema in self.ema.items()}
+        return sharding.assemble(averages, self.accelerator.is_main_process)
 
     def run(self) -> None:
         """Train to the last step, from the newest checkpoint when there is one.
@@ -136,9 +152,9 @@ class Loop:
                 self.accelerator.backward(losses["loss"] / parts)
             for key, value in losses.items():
                 self.meter.add(prefix + key, value / parts, count=number == parts - 1)
-        parameters = [p for name in phase.trains for p in self.plain[name].parameters()]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = self.accelerator.clip_grad_norm_(parameters, self.settings.grad_clip)
-        norm = torch.as_tensor(norm, device=self.accelerator.device)
+        norm = sharding.whole(torch.as_tensor(norm, device=self.accelerator.device))
         if self.accelerator.scaler is not None:  # float16 overflows by design: the scaler then skips the step
             norm = torch.where(norm.isfinite(), norm, torch.zeros_like(norm))
         self.meter.add(f"{prefix}grad_norm", norm)
@@ -167,16 +183,20 @@ class Loop:
         return bool(flag > 0)  # type: ignore[operator]
 
     def _preview(self, step: int, trackers: Trackers) -> None:
+        averaged = self.averaged()
         if self.accelerator.is_main_process:
-            values = self.task.preview(self.averaged, step, self.paths.samples)
+            values = self.task.preview(averaged, step, self.paths.samples)
             if values:
                 trackers.log(step, "preview", values)
         self.accelerator.wait_for_everyone()
 
     def _snapshot(self, step: int) -> Checkpoint:
+        """The state with whole tensors, which the main process alone gets: the same file whoever cut what."""
         tensors = {f"weights-{name}": dict(module.state_dict()) for name, module in self.plain.items()}
         tensors |= {f"ema-{name}": ema.state_dict() for name, ema in self.ema.items()}
         tensors |= {f"optimizer-{name}": optim.flatten(o.optimizer) for name, o in self.optimizers.items()}
+        main = self.accelerator.is_main_process
+        tensors = {group: sharding.gather(values, keep=main) for group, values in tensors.items()}
         tensors["meter"] = self.meter.state_dict(self.accelerator)
         scaler = self.accelerator.scaler
         return Checkpoint(step, tensors, {"scaler": scaler.state_dict() if scaler is not None else None})
@@ -194,7 +214,7 @@ class Loop:
         if found is None:
             return 0
         for name, module in self.plain.items():
-            module.load_state_dict(found.tensors[f"weights-{name}"])
+            sharding.load(module, found.tensors[f"weights-{name}"])
         for name, ema in self.ema.items():
             ema.load_state_dict(found.tensors[f"ema-{name}"])
         for name, optimizer in self.optimizers.items():

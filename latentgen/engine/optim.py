@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from latentgen.engine.sharding import cut
+
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, steps: int, final: float = 0.0) -> float:
     """The learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule.
@@ -56,7 +58,7 @@ def flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `flatten`, into an optimizer of the same parameters.
+    """Inverse of `flatten`, with whole tensors, into an optimizer of the same parameters; they may be cut.
 
     Each moment gets its parameter's memory layout back: the fused kernel walks both by address.
     """
@@ -66,6 +68,6 @@ def unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> N
         number, key = name.split(".", 1)
         parameter = parameters[int(number)]
         if value.shape == parameter.shape:
-            value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+            value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(cut(value, parameter))
         state.setdefault(int(number), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -19,10 +20,25 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file
 
 from latentgen.core.errors import UserError
+from latentgen.engine.sharding import Sharding
 
 logger = logging.getLogger(__name__)
 
 TWO_CPU = "accelerate launch --config_file configs/accelerate/two-cpu.yaml train.py --device cpu"
+FSDP = "ACCELERATE_USE_FSDP"
+WRAPPINGS = {
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+    "accelerate's parallelism_config": "ACCELERATE_USE_PARALLELISM_CONFIG",
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes, their devices and precision; and how networks are cut over them, if they are."""
+
+    accelerator: Accelerator
+    sharding: Sharding | None
 
 
 def launcher_command() -> list[str]:
@@ -89,19 +105,47 @@ def check_precision(precision: str, environment: Mapping[str, str]) -> None:
         )
 
 
-def check_wrapping(environment: Mapping[str, str]) -> None:
-    """Raise `UserError` when the launcher asks for sharding: the loop copies whole weights, and on the CPU
-    accelerate would answer with plain data parallelism and no word of it.
-    """
-    for name, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
-        if environment.get(variable, "false").lower() == "true":
+def check_wrapping(environment: Mapping[str, str], precision: str) -> None:
+    """Raise `UserError` when the launcher asks for a wrapping, or a variety of FSDP, that this trainer cannot do."""
+    for name, variable in WRAPPINGS.items():
+        if asks(environment, variable):
             raise UserError(
-                f"the launcher asks for {name}, which this trainer cannot do; use configs/accelerate/many-gpus.yaml"
+                f"the launcher asks for {name}, which this trainer cannot do; "
+                "use configs/accelerate/many-gpus.yaml, or fsdp2.yaml beside it"
             )
+    if not asks(environment, FSDP):
+        return
+    version = environment.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(
+            f"the launcher asks for FSDP version {version}, this trainer does version 2: set fsdp_version: 2, "
+            "or use configs/accelerate/fsdp2.yaml"
+        )
+    for setting in ("offload_params", "activation_checkpointing"):
+        if asks(environment, f"FSDP_{setting.upper()}"):
+            raise UserError(f"the launcher says fsdp_{setting}: true, which this trainer cannot do; leave it out")
+    if precision == "fp16":
+        raise UserError("train.precision: fp16 cannot be trained with FSDP; use bf16 or fp32")
 
 
-def make_accelerator(precision: str, processes: int | None = None, device: str | None = None) -> Accelerator:
-    """The accelerator of this process.
+def sharding_asked(environment: Mapping[str, str]) -> Sharding | None:
+    """What the launcher says of FSDP2, when it asks for it."""
+    if not asks(environment, FSDP):
+        return None
+    policy = environment.get("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP")
+    if policy != "SIZE_BASED_WRAP":
+        logger.warning("fsdp_auto_wrap_policy: %s is ignored; layers are grouped by fsdp_min_num_params", policy)
+    least = int(environment.get("FSDP_MIN_NUM_PARAMS", Sharding.min_parameters))
+    return Sharding(least, environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false")
+
+
+def asks(environment: Mapping[str, str], variable: str) -> bool:
+    """Whether a switch is on, as launchers spell it."""
+    return environment.get(variable, "false").lower() in ("true", "1")
+
+
+def make_world(precision: str, processes: int | None = None, device: str | None = None) -> World:
+    """The accelerator of this process, and how to shard when the launcher asks for it.
 
     Args:
         precision: "fp32", "bf16" or "fp16".
@@ -109,22 +153,29 @@ def make_accelerator(precision: str, processes: int | None = None, device: str |
         device: "cpu" forces the CPU; None takes a GPU when there is one.
 
     Raises:
-        UserError: the world or the precision found is not the one asked for.
+        UserError: the world, the wrapping or the precision found is not the one asked for.
     """
     if device not in (None, "cpu"):
         raise UserError(f"--device {device}: training takes cpu, or the GPUs that the launcher gives it (leave it out)")
     launcher = launcher_command()
     check_precision(precision, os.environ)
-    check_wrapping(os.environ)
+    check_wrapping(os.environ, precision)
+    sharding = sharding_asked(os.environ)
+    os.environ[FSDP] = "false"  # accelerate is to hold the processes and the precision, and to leave the networks alone
     cpu = device == "cpu" or not torch.accelerator.is_available()
     if cpu and precision == "fp16":
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
     accelerator = Accelerator(cpu=cpu, mixed_precision={"fp32": "no"}.get(precision, precision))
     asked = processes_asked(launcher, os.environ, Path(default_config_file))
     check_world(accelerator.num_processes, asked, processes)
+    if sharding is not None and accelerator.num_processes == 1:
+        raise UserError(
+            "the launcher asks for FSDP, 1 process found: nothing to share, nothing was trained; "
+            "ask for more processes, or use configs/accelerate/one-gpu.yaml"
+        )
     if cpu and (launcher or "WORLD_SIZE" in os.environ):
         # Launchers set OMP_NUM_THREADS=1 for every process; give each its share of the cores instead.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local))
-    return accelerator
+    return World(accelerator, sharding)

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from latentgen.data.sources.folder import FolderSource
 from latentgen.engine.loop import Loop
 from latentgen.engine.settings import StagePaths
 from latentgen.engine.task import Task
-from latentgen.engine.world import make_accelerator
+from latentgen.engine.world import World, make_world
 from latentgen.formats.model_folder import Model, load_model, quiet_libraries, save_model
 from latentgen.models.clip import Clip, load_clip
 from latentgen.models.text import train_tokenizer
@@ -65,7 +65,8 @@ class Run:
 
     def __init__(self, recipe: Recipe, root: Path, device: str | None = None) -> None:
         self.recipe, self.folder = recipe, RunFolder(root / recipe.name)
-        self.accelerator: Accelerator = make_accelerator(recipe.train.precision, recipe.train.processes, device)
+        self.world: World = make_world(recipe.train.precision, recipe.train.processes, device)
+        self.accelerator: Accelerator = self.world.accelerator
         self.source: Source = build.source(recipe)
         self.inputs = {"data": self.source.key(), "from": _from_weights(recipe)}
         self._refuse_another_recipe()
@@ -125,8 +126,8 @@ class Run:
         statistics = json.loads(measured.read_text()) if measured.is_file() else None
         return {"recipe": recipe, "flops": flops, "latent_statistics": statistics, **self.inputs}
 
-    def _stage(self, task: Task, fetch: Callable[..., Any], finish: Callable[[Loop], None]) -> None:
-        """Train one task to its end, then let `finish` write the stage's result; nothing when it is there."""
+    def _stage(self, task: Task, fetch: Callable[..., Any], finish: Callable[[Mapping[str, nn.Module]], None]) -> None:
+        """Train one task to its end, then let `finish` write its averaged modules; nothing when it is there."""
         train = self.recipe.stage_train(task.name)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         loader = Loader(
@@ -140,10 +141,12 @@ class Run:
         )
         folder = self.folder
         paths = StagePaths(folder.checkpoints(task.name), folder.samples(task.name), folder.metrics, folder.tensorboard)
-        loop = Loop(task, loader, build.loop_settings(self.recipe, task.name), self.accelerator, paths)
+        settings = build.loop_settings(self.recipe, task.name)
+        loop = Loop(task, loader, settings, self.accelerator, paths, self.world.sharding)
         loop.run()
+        averaged = loop.averaged()
         if self.accelerator.is_main_process:
-            finish(loop)
+            finish(averaged)
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
 
@@ -165,8 +168,8 @@ class Run:
                 captions=0,
             )
 
-            def finish(loop: Loop) -> None:
-                finish_vae(loop.averaged["vae"], self.source, self.recipe.seed, result)
+            def finish(averaged: Mapping[str, nn.Module]) -> None:
+                finish_vae(averaged["vae"], self.source, self.recipe.seed, result)
 
             self._stage(task, fetch, finish)
         with quiet_libraries():
@@ -192,7 +195,7 @@ class Run:
             clip = build.new_clip(self.recipe, len(tokenizer), tokenizer.eos_token_id)
             task = ClipTask(clip, tokenizer, pairs)
             fetch = PictureBatches(self.source, self.recipe.data.flip, captions=limit)
-            self._stage(task, fetch, lambda loop: finish_clip(loop.averaged["clip"], tokenizer, result))
+            self._stage(task, fetch, lambda averaged: finish_clip(averaged["clip"], tokenizer, result))
         with quiet_libraries():
             text_encoder = CLIPTextModel.from_pretrained(result / "text_encoder")
             tokenizer = CLIPTokenizer.from_pretrained(result / "tokenizer")
@@ -214,7 +217,7 @@ class Run:
                 kernel=recipe.unet.attention_kernel,
                 dtype=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
             )
-            self._stage(task, fetch, lambda loop: _finish_unet(loop.averaged["unet"], result))
+            self._stage(task, fetch, lambda averaged: _finish_unet(averaged["unet"], result))
         with quiet_libraries():
             unet = UNet2DConditionModel.from_pretrained(result)
         assert isinstance(unet, UNet2DConditionModel)

@@ -73,7 +73,7 @@ class VaeTask:
         trained = AutoencoderForTraining(vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.modules: dict[str, nn.Module] = {"vae": trained}
         self.averaged: tuple[str, ...] = ("vae",)
-        self._last_layer = trained.last_layer
+        self._trained = trained
         self._critic = PatchCritic(losses.critic_channels)
         if losses.critic > 0:
             self.modules["critic"] = self._critic
@@ -87,7 +87,7 @@ class VaeTask:
 
     def losses(self, phase: str, batch: Any, draw: Draw) -> dict[str, Tensor]:
         """Means over the batch: `loss`, and its parts `pixel`, `kl`, `perceptual`, `adversarial`."""
-        image = batch["image"].to(self._last_layer.device)
+        image = batch["image"].to(self.vae.device)
         if phase == "critic":
             with torch.no_grad():
                 fake = self._reconstruct(image, draw).reconstruction
@@ -107,7 +107,7 @@ class VaeTask:
         if self.weights.critic > 0 and draw.step >= self.weights.critic_start:
             # The critic judges here and learns in its own phase; called bare, no wrapper waits for its gradients.
             parts["adversarial"] = hinge_generator_loss(self._critic.requires_grad_(False)(out.reconstruction))
-            balance = adaptive_weight(reconstruction, parts["adversarial"], self._last_layer)
+            balance = adaptive_weight(reconstruction, parts["adversarial"], self._trained.last_layer)
             loss = loss + self.weights.critic * balance * parts["adversarial"]
         return {"loss": loss, **parts}
 
@@ -119,7 +119,7 @@ class VaeTask:
     def preview(self, averaged: Mapping[str, nn.Module], step: int, folder: Path) -> dict[str, float]:
         """Held-out pictures above their reconstructions; PSNR in dB and SSIM over all of them."""
         vae = averaged["vae"]
-        image = self.held_out.to(self._last_layer.device)
+        image = self.held_out.to(self.vae.device)
         parts = [vae(x, torch.zeros(noise_shape(self.vae, x), device=x.device)) for x in image.split(16)]
         again = torch.cat([part.reconstruction for part in parts]).clamp(-1, 1)
         shown = min(8, len(image))

@@ -187,7 +187,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, reference: Path, ac
     loop.run()
     assert task.ran == []
     saved = finished(reference).tensors["ema-net"]
-    assert all(torch.equal(value, saved[name]) for name, value in loop.averaged["net"].state_dict().items())
+    assert all(torch.equal(value, saved[name]) for name, value in loop.averaged()["net"].state_dict().items())
 
 
 def test_micro_batches_give_the_step_of_the_whole_batch(tmp_path: Path, accelerator: Accelerator) -> None:

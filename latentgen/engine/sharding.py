@@ -1,0 +1,133 @@
+"""FSDP2: networks cut over the processes by torch's own `fully_shard` (arXiv 2304.11277), on GPUs and on the CPU alike.
+
+Every process keeps its rows of each parameter, gradient, moment and average; a group of layers is put together while
+it computes. accelerate's own FSDP2 is not asked: it takes one network only, and on the CPU it is silently DDP.
+Whoever calls `whole`, `gather` or `assemble` must do so in all processes at once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How to shard.
+
+    Args:
+        min_parameters: of a group that is put together, and freed again, as one.
+        reshard_after_forward: free the groups between forward and backward; False is faster and takes more memory.
+    """
+
+    min_parameters: int = 1_000_000
+    reshard_after_forward: bool = True
+
+
+def shard(network: nn.Module, sharding: Sharding, device: torch.device) -> None:
+    """Cut the parameters of `network`, in place, along their first dimension over all processes.
+
+    Rank 0's weights count. Scalars cannot be cut: they stay whole, and their gradients are averaged.
+    """
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # fully_shard takes no other
+    for value in (*network.parameters(), *network.buffers()):
+        distributed.broadcast(value.detach(), 0)
+    scalars = {p for p in network.parameters() if p.ndim == 0}
+    for scalar in scalars:
+        scalar.register_hook(_mean)
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    for group in groups(network, sharding.min_parameters):
+        fully_shard(group, mesh=mesh, reshard_after_forward=sharding.reshard_after_forward, ignored_params=scalars)
+    # The rest stays together until the backward pass: a loss may look at the gradient of the last layer's weight.
+    fully_shard(network, mesh=mesh, reshard_after_forward=False, ignored_params=scalars)
+    assert all(isinstance(p, DTensor) or p in scalars for p in network.parameters())
+
+
+def groups(network: nn.Module, min_parameters: int) -> list[nn.Module]:
+    """The inner modules to put together as one, inner before outer, each with so many parameters of its own or more.
+
+    Only members of lists and sequences are taken: they are sure to be called, and it is the call that gathers them.
+    """
+    found: list[nn.Module] = []
+    taken: set[nn.Parameter] = set()
+
+    def visit(module: nn.Module, member: bool) -> None:
+        for child in module.children():
+            visit(child, isinstance(module, nn.ModuleList | nn.Sequential))
+        own = {p for p in module.parameters() if p.ndim > 0 and p not in taken}
+        if member and not isinstance(module, nn.ModuleList) and sum(p.numel() for p in own) >= min_parameters:
+            found.append(module)
+            taken.update(own)
+
+    visit(network, False)
+    return found
+
+
+def _mean(gradient: Tensor) -> Tensor:
+    total = gradient.clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()
+
+
+def local(network: nn.Module) -> list[Tensor]:
+    """This process's part of each parameter."""
+    if isinstance(network, FSDPModule):
+        network.reshard()  # after a forward pass without a backward one the outermost group is still whole
+    return [p.to_local() if isinstance(p, DTensor) else p for p in network.parameters()]
+
+
+def cut(value: Tensor, like: Tensor) -> Tensor:
+    """This process's part of the whole `value`, if `like` is cut; else `value`."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.detach(), like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def whole(value: Tensor) -> Tensor:
+    """The tensor put together from all processes' parts; one that is not cut, as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """The whole tensors, those that were cut on the CPU; {} for a process that does not `keep` them."""
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        together = whole(value)
+        if keep:
+            found[name] = together.cpu() if isinstance(value, DTensor) else together
+    return found
+
+
+def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """`load_state_dict` of whole tensors, which every process has, into a module that may be cut."""
+    own = module.state_dict()
+    module.load_state_dict({name: cut(value, own[name]) if name in own else value for name, value in state.items()})
+
+
+def rebuilt(module: nn.Module, parameters: Iterable[Tensor]) -> nn.Module:
+    """A copy of `module` with these frozen parameters in the place of its own; shared ones stay shared."""
+    pairs = zip(module.parameters(), parameters, strict=True)
+    return copy.deepcopy(module, {id(old): nn.Parameter(new.detach(), requires_grad=False) for old, new in pairs})
+
+
+def assemble(modules: Mapping[str, nn.Module], keep: bool) -> dict[str, nn.Module]:
+    """The modules with whole parameters, themselves if nothing is cut; {} for a process that does not `keep` them."""
+    found: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        parts = list(module.parameters())
+        if not any(isinstance(p, DTensor) for p in parts):
+            found[name] = module
+        elif keep:
+            found[name] = rebuilt(module, [whole(p) for p in parts])
+        else:
+            for part in parts:
+                whole(part)
+    return found
