@@ -1,7 +1,7 @@
 """The training loop. It knows modules, phases and losses; it does not know pictures, captions or diffusion.
 
 A step: for every phase the micro-batches' gradients are summed, clipped and applied; then the averages move. Nothing
-is read from the device except on logging and saving steps. What survives a restart is in `_snapshot`; data and draws
+is read from the device except on logging and saving steps. What survives a restart is in `State`; data and draws
 follow from the step number alone.
 """
 
@@ -22,11 +22,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from latentgen.core.errors import Interrupted
 from latentgen.core.rand import Draw, seed_of
 from latentgen.engine import optim, sharding
-from latentgen.engine.checkpoint import Checkpoint, load_newest, save_checkpoint
+from latentgen.engine.checkpoint import load_newest, save_checkpoint
 from latentgen.engine.ema import Ema
 from latentgen.engine.meter import Meter
 from latentgen.engine.settings import LoopSettings, StagePaths
 from latentgen.engine.sharding import Sharding
+from latentgen.engine.state import State
 from latentgen.engine.stop import StopRequest
 from latentgen.engine.task import Phase, Task
 from latentgen.engine.trackers import Trackers
@@ -62,11 +63,10 @@ class Loop:
         self.task, self.data, self.settings, self.accelerator, self.paths = task, data, settings, accelerator, paths
         self.plain = {name: module.to(accelerator.device) for name, module in task.modules.items()}
         self.ema = {name: Ema(self.plain[name], settings.ema_decay) for name in task.averaged}
-        cut = () if shards is None else task.averaged
-        for name in cut:
-            assert shards is not None
-            sharding.shard(self.plain[name], shards, accelerator.device)
-            self.ema[name].shard_like(self.plain[name])
+        if shards is not None:
+            for name, ema in self.ema.items():
+                sharding.shard(self.plain[name], shards, accelerator.device)
+                ema.shard_like(self.plain[name])
         self.optimizers: dict[str, Any] = {}
         for phase in task.phases():
             optimizer = optim.adamw(
@@ -77,9 +77,11 @@ class Loop:
             )
             self.optimizers[phase.name] = accelerator.prepare(optimizer)
         for name, module in self.plain.items():
+            cut = shards is not None and name in self.ema
             # In accelerate's words, evaluation_mode is mixed precision without DDP.
-            task.modules[name] = accelerator.prepare_model(module.train(), evaluation_mode=name in cut)
+            task.modules[name] = accelerator.prepare_model(module.train(), evaluation_mode=cut)
         self.meter = Meter()
+        self.state = State(self.plain, self.ema, self.optimizers, self.meter, accelerator)
 
     def averaged(self) -> Mapping[str, nn.Module]:
         """The averaged modules, to preview and export. All processes must ask; the main one gets them all, whole."""
@@ -190,20 +192,9 @@ class Loop:
                 trackers.log(step, "preview", values)
         self.accelerator.wait_for_everyone()
 
-    def _snapshot(self, step: int) -> Checkpoint:
-        """The state with whole tensors, which the main process alone gets: the same file whoever cut what."""
-        tensors = {f"weights-{name}": dict(module.state_dict()) for name, module in self.plain.items()}
-        tensors |= {f"ema-{name}": ema.state_dict() for name, ema in self.ema.items()}
-        tensors |= {f"optimizer-{name}": optim.flatten(o.optimizer) for name, o in self.optimizers.items()}
-        main = self.accelerator.is_main_process
-        tensors = {group: sharding.gather(values, keep=main) for group, values in tensors.items()}
-        tensors["meter"] = self.meter.state_dict(self.accelerator)
-        scaler = self.accelerator.scaler
-        return Checkpoint(step, tensors, {"scaler": scaler.state_dict() if scaler is not None else None})
-
     def _save(self, step: int) -> None:
         self.meter.check(self.accelerator)
-        snapshot = self._snapshot(step)
+        snapshot = self.state.snapshot(step)
         if self.accelerator.is_main_process:
             save_checkpoint(self.paths.checkpoints, snapshot, self.settings.keep_last)
         self.accelerator.wait_for_everyone()
@@ -213,14 +204,6 @@ class Loop:
         found = load_newest(self.paths.checkpoints)
         if found is None:
             return 0
-        for name, module in self.plain.items():
-            sharding.load(module, found.tensors[f"weights-{name}"])
-        for name, ema in self.ema.items():
-            ema.load_state_dict(found.tensors[f"ema-{name}"])
-        for name, optimizer in self.optimizers.items():
-            optim.unflatten(optimizer.optimizer, found.tensors[f"optimizer-{name}"])
-        self.meter.load_state_dict(found.tensors["meter"], self.accelerator.device)
-        if self.accelerator.scaler is not None and found.data["scaler"]:
-            self.accelerator.scaler.load_state_dict(found.data["scaler"])
+        self.state.restore(found)
         logger.info("%s: continuing after step %d of %d", self.task.name, found.step, self.settings.steps)
         return found.step

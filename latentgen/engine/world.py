@@ -161,21 +161,29 @@ def make_world(precision: str, processes: int | None = None, device: str | None 
     check_precision(precision, os.environ)
     check_wrapping(os.environ, precision)
     sharding = sharding_asked(os.environ)
-    os.environ[FSDP] = "false"  # accelerate is to hold the processes and the precision, and to leave the networks alone
+    if sharding is not None:
+        os.environ[FSDP] = "false"  # accelerate is to hold processes and precision, and leave the networks alone
     cpu = device == "cpu" or not torch.accelerator.is_available()
     if cpu and precision == "fp16":
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
     accelerator = Accelerator(cpu=cpu, mixed_precision={"fp32": "no"}.get(precision, precision))
     asked = processes_asked(launcher, os.environ, Path(default_config_file))
     check_world(accelerator.num_processes, asked, processes)
-    if sharding is not None and accelerator.num_processes == 1:
-        raise UserError(
-            "the launcher asks for FSDP, 1 process found: nothing to share, nothing was trained; "
-            "ask for more processes, or use configs/accelerate/one-gpu.yaml"
-        )
+    if sharding is not None:
+        if accelerator.num_processes == 1:
+            raise UserError(
+                "the launcher asks for FSDP, 1 process found: nothing to share, nothing was trained; "
+                "ask for more processes, or use configs/accelerate/one-gpu.yaml"
+            )
+        count = accelerator.num_processes
+        logger.info("FSDP2: weights, gradients, moments and averages are cut over %d processes", count)
     if cpu and (launcher or "WORLD_SIZE" in os.environ):
-        # Launchers set OMP_NUM_THREADS=1 for every process; give each its share of the cores instead.
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local))
+        _share_cores()
     return World(accelerator, sharding)
+
+
+def _share_cores() -> None:
+    """Launchers set OMP_NUM_THREADS=1 for every process; give each its share of the cores instead."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // local))

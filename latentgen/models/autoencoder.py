@@ -268,7 +268,8 @@ class AutoencoderForTraining(nn.Module):
         _require_multiple(self.vae, image)
         posterior = self.vae.encode(image, return_dict=False)[0]
         z = sample_latents(posterior.mean, posterior.std, noise)
-        return Reconstruction(_decode_raw(self.vae, z), posterior.mean, posterior.logvar)
+        # Copies of the two views: FSDP watches what a network returns, and warns of views.
+        return Reconstruction(_decode_raw(self.vae, z), posterior.mean.clone(), posterior.logvar.clone())
 
     @property
     def last_layer(self) -> nn.Parameter:

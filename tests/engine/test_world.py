@@ -8,13 +8,15 @@ import pytest
 
 from latentgen.core.errors import UserError
 from latentgen.engine import world
+from latentgen.engine.sharding import Sharding
 from latentgen.engine.world import (
     check_precision,
     check_world,
     check_wrapping,
     launcher_command,
-    make_accelerator,
+    make_world,
     processes_asked,
+    sharding_asked,
 )
 
 LAUNCH = ["/venv/bin/python", "/venv/bin/accelerate", "launch"]
@@ -111,17 +113,57 @@ def test_the_launcher_is_found_above(lines: list[list[str]], found: bool, monkey
 
 def test_half_precision_needs_a_gpu() -> None:
     with pytest.raises(UserError, match="fp16 needs a GPU"):
-        make_accelerator("fp16", device="cpu")
+        make_world("fp16", device="cpu")
 
 
 def test_one_process_where_two_are_asked_is_refused() -> None:
     with pytest.raises(UserError, match="asks for 2 processes, 1 found"):
-        make_accelerator("fp32", processes=2, device="cpu")
+        make_world("fp32", processes=2, device="cpu")
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_sharding_is_refused_rather_than_ignored(variable: str) -> None:
-    check_wrapping({variable: "false"})
-    check_wrapping({})
-    with pytest.raises(UserError, match=r"launcher asks for (FSDP|DeepSpeed).*many-gpus\.yaml"):
-        check_wrapping({variable: "true"})
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize("variable", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_other_wrappings_are_refused_rather_than_ignored(variable: str) -> None:
+    check_wrapping({}, "fp16")
+    check_wrapping({f"ACCELERATE_USE_{variable}": "false"}, "fp16")
+    with pytest.raises(UserError, match=r"launcher asks for (DeepSpeed|Megatron|accelerate's par).*many-gpus\.yaml"):
+        check_wrapping({f"ACCELERATE_USE_{variable}": "true"}, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("environment", "precision", "said"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "fp32", r"FSDP version 1, .* fsdp_version: 2"),
+        ({**FSDP2, "FSDP_VERSION": "1"}, "fp32", "FSDP version 1"),
+        ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "fp32", "fsdp_offload_params: true"),
+        ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "bf16", "fsdp_activation_checkpointing: true"),
+        (FSDP2, "fp16", "fp16 cannot be trained with FSDP"),
+    ],
+)
+def test_varieties_of_fsdp_that_cannot_be_done_are_refused(
+    environment: dict[str, str], precision: str, said: str
+) -> None:
+    check_wrapping(FSDP2, "fp32")
+    check_wrapping(FSDP2, "bf16")
+    with pytest.raises(UserError, match=said):
+        check_wrapping(environment, precision)
+
+
+def test_what_the_launcher_says_of_sharding(caplog: pytest.LogCaptureFixture) -> None:
+    assert sharding_asked({}) is None
+    assert sharding_asked({**FSDP2, "ACCELERATE_USE_FSDP": "false"}) is None
+    assert sharding_asked(FSDP2) == Sharding()
+    said = {"FSDP_MIN_NUM_PARAMS": "7", "FSDP_RESHARD_AFTER_FORWARD": "false"}
+    assert sharding_asked({**FSDP2, **said, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}) == Sharding(7, False)
+    assert not caplog.records
+    assert sharding_asked({**FSDP2, "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}) == Sharding()
+    assert "NO_WRAP is ignored" in caplog.text
+
+
+def test_one_process_has_nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="asks for FSDP, 1 process found: nothing to share"):
+        make_world("fp32", device="cpu")
