@@ -25,10 +25,9 @@ class Ema:
         self.decay = decay
         self.averaged = copy.deepcopy(module).eval().requires_grad_(False)
 
-    def shard_like(self, module: nn.Module) -> None:
-        """Cut the average as `module`, which was sharded meanwhile; to be used it must be put together again."""
-        pairs = zip(self.averaged.parameters(), module.parameters(), strict=True)
-        self.averaged = sharding.rebuilt(self.averaged, [sharding.cut(mine, theirs) for mine, theirs in pairs])
+    def follow_sharded(self, module: nn.Module) -> None:
+        """Begin anew from `module`, which was sharded meanwhile: cut like it, to be put together before use."""
+        self.averaged = sharding.rebuilt(self.averaged, [p.detach().clone() for p in module.parameters()])
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:

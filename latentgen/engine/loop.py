@@ -66,7 +66,7 @@ class Loop:
         if shards is not None:
             for name, ema in self.ema.items():
                 sharding.shard(self.plain[name], shards, accelerator.device)
-                ema.shard_like(self.plain[name])
+                ema.follow_sharded(self.plain[name])
         self.optimizers: dict[str, Any] = {}
         for phase in task.phases():
             optimizer = optim.adamw(

@@ -34,7 +34,8 @@ class Sharding:
 def shard(network: nn.Module, sharding: Sharding, device: torch.device) -> None:
     """Cut the parameters of `network`, in place, along their first dimension over all processes.
 
-    Rank 0's weights count. Scalars cannot be cut: they stay whole, and their gradients are averaged.
+    Rank 0's weights and buffers count. Scalars cannot be cut: they stay whole, and their gradients are averaged.
+    Buffers that training changes are not made to agree later.
     """
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # fully_shard takes no other
     for value in (*network.parameters(), *network.buffers()):
@@ -62,7 +63,8 @@ def groups(network: nn.Module, min_parameters: int) -> list[nn.Module]:
         for child in module.children():
             visit(child, isinstance(module, nn.ModuleList | nn.Sequential))
         own = {p for p in module.parameters() if p.ndim > 0 and p not in taken}
-        if member and not isinstance(module, nn.ModuleList) and sum(p.numel() for p in own) >= min_parameters:
+        large = own and sum(p.numel() for p in own) >= min_parameters
+        if member and large and not isinstance(module, nn.ModuleList):
             found.append(module)
             taken.update(own)
 

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 RECORDED = HERE / "recorded_train.py"
-TWO_CPU = ROOT / "configs" / "accelerate" / "two-cpu.yaml"
+LAUNCHERS = ROOT / "configs" / "accelerate"
 
 
 def launch(kind: str) -> list[str]:
@@ -26,7 +26,11 @@ def launch(kind: str) -> list[str]:
     if kind == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     accelerate = str(Path(sys.executable).with_name("accelerate"))
-    return [accelerate, "launch", "--config_file", str(TWO_CPU), "--main_process_port", port]
+    if kind == "fsdp2":  # groups of 500 weights, or networks this small would be put together at once
+        words = [str(LAUNCHERS / "fsdp2.yaml"), "--num_processes", "2", "--fsdp_min_num_params", "500"]
+    else:
+        words = [str(LAUNCHERS / "two-cpu.yaml")]
+    return [accelerate, "launch", "--config_file", *words, "--main_process_port", port]
 
 
 def read_draws(folder: Path) -> dict[tuple[str, int, int], dict[str, object]]:
@@ -63,7 +67,7 @@ def complete(draws: dict[tuple[str, int, int], dict[str, object]]) -> None:
     assert len({row["noise"] for row in unet}) == len(unet) == len({row["sigma"] for row in unet})
 
 
-@pytest.mark.parametrize("kind", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("kind", ["torchrun", "accelerate", "fsdp2"])
 def test_two_processes_train_like_one(kind, mini, trained, measured, environment, tmp_path):
     recipe = mini(tmp_path)
     command = [*launch(kind), str(RECORDED), "--config", str(recipe), "train.processes=2"]
@@ -76,6 +80,7 @@ def test_two_processes_train_like_one(kind, mini, trained, measured, environment
     assert two == one
     same_losses(measured(trained / "runs/mini"), measured(tmp_path / "runs/mini"), 1e-5)
     assert done.stderr.count("the model is in") == 1, "one process speaks"
+    assert ("cut over 2 processes" in done.stderr) == (kind == "fsdp2")
 
 
 def test_micro_batches_train_like_the_whole_batch(programs, mini, trained, measured, tmp_path):
@@ -86,9 +91,10 @@ def test_micro_batches_train_like_the_whole_batch(programs, mini, trained, measu
     same_losses(measured(trained / "runs/mini"), measured(tmp_path / "runs/mini"), 1e-5)
 
 
-def test_two_processes_stop_together_and_one_goes_on(programs, mini, trained, measured, environment, tmp_path):
+@pytest.mark.parametrize("kind", ["torchrun", "fsdp2"])
+def test_two_processes_stop_together_and_one_goes_on(kind, programs, mini, trained, measured, environment, tmp_path):
     words = ["--config", str(mini(tmp_path))]
-    command = [*launch("torchrun"), str(RECORDED), *words]
+    command = [*launch(kind), str(RECORDED), *words]
     env = {**environment, "DRAWS_FOLDER": str(tmp_path / "draws"), "STOP": "1 2"}
     done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, check=False, timeout=240)
     assert done.returncode != 0

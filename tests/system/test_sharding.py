@@ -1,0 +1,128 @@
+"""FSDP2 on two processes trains a toy like one, and its checkpoints are those of any number of processes.
+
+Whole recipes under FSDP2 are in `test_processes.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+HERE = Path(__file__).resolve().parent
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def checkpoint(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    files = sorted((folder / f"{step:08d}").glob("*.safetensors"))
+    return {f"{file.stem}/{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], *, exactly: bool = False) -> None:
+    assert first.keys() == second.keys()
+    assert any(name.startswith("optimizer-net/") for name in first)
+    for name, value in first.items():
+        assert value.dtype == second[name].dtype
+        if exactly:
+            assert torch.equal(value, second[name]), name
+        else:
+            torch.testing.assert_close(value, second[name], rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}{text}")
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "m.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not isinstance(v, str) and k != "steps_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def toy() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(HERE / "sharded_toy.py")))
+
+
+@pytest.fixture(scope="module")
+def folder(toy, environment, tmp_path_factory) -> Path:
+    """One process's training, `one`, and all that two sharded processes made beside it."""
+    folder = tmp_path_factory.mktemp("sharded")
+    accelerator = Accelerator(cpu=True)
+    toy.toy_loop(folder / "one", accelerator).run()
+    shutil.copytree(folder / "one" / "c" / "00000003", folder / "begun" / "c" / "00000003")
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_MIN_NUM_PARAMS": "1000"}
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command = [sys.executable, str(HERE / "sharded_toy.py"), str(folder)]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**environment, **asked, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+    return folder
+
+
+def test_everything_of_the_network_is_cut_in_two(folder: Path) -> None:
+    first, second = (json.loads((folder / f"parts-{rank}.json").read_text()) for rank in range(2))
+    assert first["groups"] == second["groups"] == ["", "blocks.0", "blocks.1"]
+    mine, theirs = first["parts"], second["parts"]
+    kinds = {name.partition("/")[0] for name in mine}
+    assert kinds == {"weight", "gradient", "average", "exp_avg", "exp_avg_sq"}
+    whole = {name for name, (here, _) in mine.items() if here == -1}
+    assert whole == {f"{kind}/scale" for kind in kinds}, "a scalar cannot be cut, all else is"
+    for name, (here, total) in mine.items():
+        assert theirs[name][1] == total
+        if name not in whole:
+            assert here + theirs[name][0] == total, f"{name}: no element twice, none missing"
+    for kind in kinds:
+        names = [name for name in mine if name.startswith(f"{kind}/") and name not in whole]
+        share = sum(mine[name][0] for name in names) / sum(mine[name][1] for name in names)
+        assert 0.49 < share < 0.53, "the uneven rows are the first process's"
+
+
+def test_two_sharded_processes_train_like_one(folder: Path) -> None:
+    for step in (3, 6):
+        same(checkpoint(folder / "one" / "c", step), checkpoint(folder / "two" / "c", step))
+    one, two = logged(folder / "one"), logged(folder / "two")
+    assert len(one) == len(two) > 6
+    for line, other in zip(one, two, strict=True):
+        assert line == pytest.approx(other, rel=1e-5)
+
+
+def test_a_checkpoint_survives_being_cut_bit_for_bit(folder: Path) -> None:
+    same(checkpoint(folder / "begun" / "c", 3), checkpoint(folder / "kept", 3), exactly=True)
+
+
+def test_a_sharded_run_continues_bit_for_bit(folder: Path) -> None:
+    same(checkpoint(folder / "again" / "c", 6), checkpoint(folder / "two" / "c", 6), exactly=True)
+
+
+def test_one_process_begins_and_two_sharded_ones_finish(folder: Path) -> None:
+    same(checkpoint(folder / "begun" / "c", 6), checkpoint(folder / "one" / "c", 6))
+
+
+def test_two_sharded_processes_begin_and_one_finishes(folder: Path, toy, tmp_path: Path) -> None:
+    shutil.copytree(folder / "two" / "c" / "00000003", tmp_path / "c" / "00000003")
+    loop = toy.toy_loop(tmp_path, Accelerator(cpu=True))
+    assert loop._restore() == 3
+    toy.save_checkpoint(tmp_path / "kept", loop.state.snapshot(3), 9)
+    same(checkpoint(tmp_path / "c", 3), checkpoint(tmp_path / "kept", 3), exactly=True)
+    toy.toy_loop(tmp_path, Accelerator(cpu=True)).run()
+    same(checkpoint(tmp_path / "c", 6), checkpoint(folder / "one" / "c", 6))
