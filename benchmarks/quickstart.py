@@ -2,12 +2,14 @@
 
     python benchmarks/quickstart.py [--config configs/quickstart.yaml] [--quick] [section.key=value ...]
 
-Trains the recipe in a child process as a user would, then draws and judges the standing prompts of the shapes world.
+Trains the recipe in child processes as a user would, one for each of two cores, then draws and judges the standing
+prompts of the shapes world. The last lines compare the result with what the recipe is meant to reach.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import resource
@@ -19,6 +21,13 @@ from pathlib import Path
 from latentgen.recipe.load import load_recipe
 from latentgen.recipe.plan import make_plan
 
+LAUNCH = ["accelerate.commands.launch", "--config_file", "configs/accelerate/two-cpu.yaml", "train.py"]
+GOALS = {
+    "quickstart": {"overall": 60.0, "single": 90.0, "colours": 90.0, "minutes": 15.0, "flops": 1e14},
+    "shapes": {"overall": 85.0, "position": 70.0, "attribution": 70.0},
+}
+"""Per recipe: shares in percent to reach, minutes and FLOP not to pass."""
+
 
 def measured(command: list[str]) -> tuple[float, float]:
     """Run a command to its end; wall seconds and CPU seconds of it and its children."""
@@ -26,6 +35,20 @@ def measured(command: list[str]) -> tuple[float, float]:
     subprocess.run(command, check=True)
     after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def shares(report: Path) -> dict[str, float]:
+    """Percent of pictures that hold, by category and overall."""
+    rows = json.loads(report.read_text())["rows"]
+    return {row["category"]: 100 * row["score"] for row in rows if row["set"] == "all"}
+
+
+def compare(name: str, reached: dict[str, float]) -> None:
+    """One line for every goal that the recipe has."""
+    for key, goal in GOALS.get(name, {}).items():
+        below = key in ("minutes", "flops")
+        holds = reached[key] <= goal if below else reached[key] >= goal
+        print(f"{key:15} {reached[key]:.4g}, goal {'<=' if below else '>='} {goal:g}: {'yes' if holds else 'NO'}")
 
 
 def main() -> None:
@@ -40,16 +63,19 @@ def main() -> None:
     run = Path(options.runs) / recipe.name
     if run.exists():
         raise SystemExit(f"{run} exists: choose another name=, so that a whole run is measured")
-    words = ["--config", options.config, "--runs", options.runs, *options.overrides]
-    wall, cpu = measured([sys.executable, "train.py", *words])
+    words = ["--config", options.config, "--runs", options.runs, "--device", "cpu", *options.overrides]
+    wall, cpu = measured([sys.executable, "-m", *LAUNCH, *words])
     model = str(run / "model")
     quick = ["--quick"] if options.quick else []
     score_wall, _ = measured([sys.executable, "-m", "latentgen", "evaluate", "shapes", "--model", model, *quick])
-    print(f"machine         {platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores")
-    print(f"recipe          {recipe.name}")
+    flops = make_plan(recipe).flops
+    print(f"machine         {platform.processor() or platform.machine()}, {os.cpu_count()} cores")
+    print(f"recipe          {options.config}, run {recipe.name}")
     print(f"training        {wall / 60:.1f} minutes wall, {cpu / 60:.1f} minutes of CPU")
-    print(f"counted compute {make_plan(recipe).flops:.3g} FLOP (torch's FlopCounterMode)")
+    print(f"counted compute {flops:.3g} FLOP (torch's FlopCounterMode)")
     print(f"evaluation      {score_wall / 60:.1f} minutes wall")
+    reached = shares(run / "shapes-score" / "shapes.json")
+    compare(Path(options.config).stem, {**reached, "minutes": wall / 60, "flops": flops})
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 from PIL import Image
-from tqdm import tqdm
 
 from latentgen.cli.sample import find_model
-from latentgen.core.log import setup_logging
+from latentgen.core.log import progress, setup_logging
 
 app = typer.Typer(help="Measure what a model draws.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -44,7 +43,7 @@ def shapes(
     opened = open_model(folder, device)
     prompts = shapes_prompts.standing_prompts(quick=quick)
     side = opened.default_side
-    with tqdm(total=len(prompts) * num * steps, unit="step", desc="drawing") as bar:
+    with progress("drawing", "step", total=len(prompts) * num * steps) as bar:
 
         def draw(texts: list[str], seeds: list[int]) -> list[Image.Image]:
             requests = [

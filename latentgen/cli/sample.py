@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from tqdm import tqdm
 
 from latentgen.core.errors import UserError
-from latentgen.core.log import setup_logging
+from latentgen.core.log import progress, setup_logging
 from latentgen.core.runfolder import newest_finished
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "shapes-model"
@@ -106,7 +105,7 @@ def sample(
     ]
     for request in requests:
         check(request, opened.model)
-    with tqdm(total=steps * len(requests), unit="step", desc="drawing") as bar:
+    with progress("drawing", "step", total=steps * len(requests)) as bar:
         paths = draw_to_folder(
             opened, requests, out, batch_size=batch_size, on_step=bar.update, columns=num if grid else 0
         )

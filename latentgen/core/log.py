@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
 
 
 class _Plain(logging.Formatter):
@@ -24,6 +28,23 @@ def setup_logging(main_process: bool = True) -> None:
     # Libraries warn about their own internals on every run; a user can do nothing about those.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def progress(
+    what: str,
+    unit: str,
+    *,
+    over: Iterable[Any] | None = None,
+    total: int | None = None,
+    initial: int = 0,
+    leave: bool = True,
+    disable: bool = False,
+) -> tqdm[Any]:
+    """A progress bar on standard error; where that is no terminal, a line now and then instead of thousands."""
+    every = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        over, what, total=total, initial=initial, unit=unit, leave=leave, disable=disable, mininterval=every, miniters=1
+    )
 
 
 def counted(number: float) -> str:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from latentgen.core.files import fsync_folder, require_free_space, write_json
+from latentgen.core.log import progress
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class ArrayCache:
         mine = [part for part in chunks[rank::world] if not self._marker(part).is_file()]
         first = self.values.stat().st_size - self.bytes
         with open(self.values, "r+b") as file:
-            for part in tqdm(mine, desc=f"caching {self.what}", unit="chunk", disable=rank != 0, leave=False):
+            for part in progress(f"caching {self.what}", "chunk", over=mine, disable=rank != 0, leave=False):
                 # Plain writes of exactly these bytes: a memory map would write back whole pages, neighbours' rows too.
                 file.seek(first + part.start * self.bytes // self.rows)
                 file.write(np.ascontiguousarray(compute(part), dtype=np.float16).tobytes())

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from latentgen.core.errors import Interrupted
+from latentgen.core.log import progress
 from latentgen.core.rand import Draw, seed_of
 from latentgen.engine import optim, sharding
 from latentgen.engine.checkpoint import load_newest, save_checkpoint
@@ -97,7 +97,7 @@ class Loop:
         """
         start, steps = self._restore(), self.settings.steps
         main = self.accelerator.is_main_process
-        bar = tqdm(total=steps, initial=start, desc=self.task.name, unit="step", disable=not main)
+        bar = progress(self.task.name, "step", total=steps, initial=start, disable=not main)
         trackers = Trackers(
             self.paths.metrics, self.paths.tensorboard, stage=self.task.name, start_step=start, active=main
         )
@@ -120,7 +120,7 @@ class Loop:
                     now = time.perf_counter()
                     speed = {"steps_per_second": (count - done) / (now - since), "learning_rate": self._rate(step)}
                     trackers.log(count, "train", {**values, **speed})
-                    bar.set_postfix(loss=f"{values['loss']:.4f}")
+                    bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
                     since, done = now, count
                 if saving_now or stopping:
                     self._save(count)
