@@ -20,15 +20,6 @@ from latentgen.diffusion.parameterization import EDM, X0, Eps, NoiseTable, Param
 Schedule = Callable[..., Tensor]
 
 
-def initial_state(noise: Tensor, sigma: float) -> Tensor:
-    """Where sampling starts: noise [b, c, h, w] scaled to the spread of x = x0 + sigma * noise for data of variance 1.
-
-    sqrt(1 + sigma^2) rather than sigma: it is what `x_vp = noise` means in these coordinates, and the two differ by
-    0.2 percent at Stable Diffusion's sigma_max.
-    """
-    return noise * math.sqrt(1 + sigma**2)
-
-
 def karras(n: int, parameterization: Parameterization, *, rho: float = 7.0) -> Tensor:
     """sigma^(1/rho) on a straight line from sigma_max to sigma_min (arXiv 2206.00364, eq. 5)."""
     _check_steps(n)

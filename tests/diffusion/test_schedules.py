@@ -8,8 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from latentgen.core.errors import UserError
-from latentgen.diffusion.parameterization import PARAMETERIZATIONS, NoiseTable, V, make
-from latentgen.diffusion.schedules import SCHEDULES, flow, initial_state, karras, leading, linspace, trailing
+from latentgen.diffusion.parameterization import PARAMETERIZATIONS, NoiseTable, make
+from latentgen.diffusion.schedules import SCHEDULES, flow, karras, leading, linspace, trailing
 
 OF_TIMES = {"trailing", "leading", "linspace"}
 AT_SIGMA_MIN = {"karras", "exponential", "linspace"}
@@ -43,14 +43,6 @@ def test_flow_shift_is_the_papers_time_shift(n: int, shift: float) -> None:
     t = torch.linspace(start / (1 + start), 0, n + 1, dtype=torch.float64)[:-1]
     shifted = shift * t / (1 + (shift - 1) * t)
     torch.testing.assert_close(sigmas[:-1] / (1 + sigmas[:-1]), shifted, rtol=1e-6, atol=0)
-
-
-def test_initial_state_has_the_spread_of_white_data_plus_noise() -> None:
-    noise = torch.ones(1, 1, 1, 1)
-    assert initial_state(noise, 3.0).item() == pytest.approx(10**0.5)
-    p, sigma = V(), torch.tensor([V().sigma_max])
-    x_vp = p.scalings(sigma).c_in * initial_state(noise, p.sigma_max)
-    torch.testing.assert_close(x_vp, noise)  # Stable Diffusion starts from x_vp = noise
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
