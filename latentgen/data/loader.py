@@ -75,9 +75,12 @@ class _MicroBatches(Dataset[tuple[Draw, Batch]]):
         indices = examples_at(range(first + rows.start, first + rows.stop), self.examples, self.seed, self.stage)
         return Draw(self.seed, self.stage, step, self.cut.global_batch, rows, indices)
 
-    def __getitem__(self, item: int) -> tuple[Draw, Batch]:
+    def __getitem__(self, item: int) -> tuple[Draw, Batch | UserError]:
         draw = self.draw(item)
-        return draw, self.fetch(draw)
+        try:
+            return draw, self.fetch(draw)
+        except UserError as error:  # raised again by the main process: a worker would wrap it in its own traceback
+            return draw, error
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,10 @@ class Loader:
             prefetch_factor=2 if self.workers else None,
         )
         pending: list[tuple[Draw, Batch]] = []
-        for pair in loader:
-            pending.append(pair)
+        for draw, batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            pending.append((draw, batch))
             if len(pending) == parts:
                 yield pending[0][0].step, pending
                 pending = []

@@ -56,6 +56,8 @@ def held_out(recipe: Recipe) -> Source:
     assert data.path is not None
     beside = Path(data.path) / "validation"
     path = data.validation or (str(beside) if beside.is_dir() else data.path)
+    if path == data.path:
+        logger.warning("%s has no validation/: PSNR, SSIM and retrieval are measured on training pictures", path)
     return FolderSource(path=path, resolution=data.resolution, crop=data.crop)
 
 

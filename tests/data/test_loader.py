@@ -46,6 +46,17 @@ def test_workers_change_nothing(whole: dict) -> None:
     assert seen(Cut(BATCH, 2), start=3, workers=2) == {step: whole[step] for step in (3, 4)}
 
 
+def refuse(draw: Draw) -> dict[str, Any]:
+    raise UserError("shapes/7.png: too small")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mistake_stays_one_line(workers: int) -> None:
+    with pytest.raises(UserError) as caught:
+        list(Loader(refuse, EXAMPLES, 3, "unet", Cut(BATCH), STEPS, workers).iterate(0))
+    assert str(caught.value) == "shapes/7.png: too small"
+
+
 @pytest.mark.parametrize("start", range(STEPS + 1))
 def test_resuming_gives_the_tail(start: int, whole: dict) -> None:
     assert seen(Cut(BATCH, 4), start) == {step: whole[step] for step in range(start, STEPS)}
