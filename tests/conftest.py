@@ -59,6 +59,7 @@ def build_tiny_clip(vocab_size: int) -> Clip:
     return build_clip(
         ClipShape(
             image_size=SIDE,
+            vision="vit",
             patch_size=8,
             vision_width=16,
             vision_layers=1,

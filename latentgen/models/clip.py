@@ -23,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentgen.core.errors import UserError
 from latentgen.core.files import write_json
+from latentgen.models.batch_norm import replace_batch_norm
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MAX_LOGIT_SCALE = 100.0  # arXiv 2103.00020 section 2.5
@@ -33,9 +34,11 @@ class ClipShape:
     """The sizes of both towers.
 
     Attributes:
-        image_size: side of the pictures in pixels, a multiple of `patch_size`.
-        patch_size: side of a patch in pixels.
-        vision_width, vision_layers, vision_heads: the image transformer.
+        image_size: side of the pictures in pixels, a multiple of `patch_size`; of 32 for a ResNet.
+        vision: "vit", or "resnet", the tower of CLIP's RN models, which learns shapes far sooner.
+        patch_size: side of a patch in pixels; a ResNet has none.
+        vision_width, vision_layers, vision_heads: the image transformer; or the width of a ResNet's first stage, the
+            blocks of each of its four stages and the heads of its pooling, which is 32 times that width.
         text_width, text_layers, text_heads: the text transformer; `text_width` is the context width of the U-Net.
         context_length: tokens of one caption.
         vocab_size: tokens of the tokenizer, `len(tokenizer)`.
@@ -44,6 +47,7 @@ class ClipShape:
     """
 
     image_size: int
+    vision: str
     patch_size: int
     vision_width: int
     vision_layers: int
@@ -61,12 +65,13 @@ class Clip(CLIP):
     """open_clip's two towers, with the sizes they were built from in `shape`."""
 
     def __init__(self, shape: ClipShape) -> None:
+        resnet = shape.vision == "resnet"
         super().__init__(
             embed_dim=shape.embed_dim,
             vision_cfg=CLIPVisionCfg(
-                layers=shape.vision_layers,
+                layers=(shape.vision_layers,) * 4 if resnet else shape.vision_layers,
                 width=shape.vision_width,
-                head_width=shape.vision_width // shape.vision_heads,
+                head_width=_attention_width(shape) // shape.vision_heads,
                 patch_size=shape.patch_size,
                 image_size=shape.image_size,
             ),
@@ -82,6 +87,13 @@ class Clip(CLIP):
             ),
         )
         self.shape = shape
+        if resnet:
+            replace_batch_norm(self.visual)
+            self.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # several times faster
+
+
+def _attention_width(shape: ClipShape) -> int:
+    return shape.vision_width * (32 if shape.vision == "resnet" else 1)
 
 
 def build_clip(shape: ClipShape) -> Clip:
@@ -91,12 +103,15 @@ def build_clip(shape: ClipShape) -> Clip:
         UserError: the sizes do not fit together.
     """
     for name, value in dataclasses.asdict(shape).items():
-        if value < (0 if name == "eos_token_id" else 1):
+        if isinstance(value, int) and value < (0 if name == "eos_token_id" else 1):
             raise UserError(f"clip: {name} is {value}; it must be positive")
-    if shape.image_size % shape.patch_size:
-        raise UserError(f"clip: patch_size {shape.patch_size} does not divide image_size {shape.image_size}")
+    if shape.vision not in ("vit", "resnet"):
+        raise UserError(f"clip: image tower {shape.vision} is unknown; use vit or resnet")
+    side, name = (32, "a resnet's factor") if shape.vision == "resnet" else (shape.patch_size, "patch_size")
+    if shape.image_size % side:
+        raise UserError(f"clip: {name} {side} does not divide image_size {shape.image_size}")
     for tower, width, heads in (
-        ("vision", shape.vision_width, shape.vision_heads),
+        ("vision", _attention_width(shape), shape.vision_heads),
         ("text", shape.text_width, shape.text_heads),
     ):
         if width % heads:

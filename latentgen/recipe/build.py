@@ -127,6 +127,7 @@ def new_clip(recipe: Recipe, vocab_size: int, eos_token_id: int) -> Clip:
     return build_clip(
         ClipShape(
             image_size=recipe.data.resolution,
+            vision=t.image.kind,
             patch_size=t.image.patch,
             vision_width=t.image.width,
             vision_layers=t.image.layers,

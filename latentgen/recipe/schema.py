@@ -91,12 +91,15 @@ class Autoencoder(Section):
 
 
 class ImageTower(Section):
-    """CLIP's image tower: a small vision transformer."""
+    """CLIP's image tower."""
 
-    patch: int = Field(default=8, ge=1)
-    width: int = Field(default=128, ge=8)
-    layers: int = Field(default=4, ge=1)
-    heads: int = Field(default=4, ge=1)
+    kind: Literal["resnet", "vit"] = Field(
+        default="resnet", description="a ResNet learns shapes far sooner than a transformer"
+    )
+    width: int = Field(default=16, ge=8, description="of a transformer, or of a ResNet's first stage")
+    layers: int = Field(default=1, ge=1, description="of a transformer, or blocks in each of a ResNet's four stages")
+    heads: int = Field(default=4, ge=1, description="of a transformer, or of the pooling at a ResNet's end")
+    patch: int = Field(default=8, ge=1, description="side of a transformer's patches in pixels")
 
 
 class TextEncoder(Section):

@@ -24,6 +24,7 @@ def make_clip(vocab_size: int) -> Clip:
     return build_clip(
         ClipShape(
             image_size=16,
+            vision="vit",
             patch_size=8,
             vision_width=16,
             vision_layers=1,

@@ -27,6 +27,7 @@ from latentgen.models.clip import (
 
 SHAPE = ClipShape(
     image_size=8,
+    vision="vit",
     patch_size=4,
     vision_width=16,
     vision_layers=1,
@@ -39,18 +40,28 @@ SHAPE = ClipShape(
     eos_token_id=19,
     embed_dim=8,
 )
+SHAPES = {
+    "vit": SHAPE,
+    "resnet": dataclasses.replace(SHAPE, vision="resnet", image_size=32, vision_width=4, vision_layers=1),
+}
+every_tower = pytest.mark.parametrize("vision", sorted(SHAPES))
 
 
-def towers() -> Clip:
+def towers(vision: str = "vit") -> Clip:
     torch.manual_seed(0)
-    return build_clip(SHAPE)
+    clip = build_clip(SHAPES[vision])
+    for name, parameter in clip.named_parameters():
+        if name.endswith("bn3.weight"):  # zero at first, which would hide the branch before it
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return clip
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
+def batch(vision: str = "vit") -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, 18, (8, 6), generator=generator)
     ids[:, 4:] = 19
-    return torch.rand(8, 3, 8, 8, generator=generator) * 2 - 1, ids
+    side = SHAPES[vision].image_size
+    return torch.rand(8, 3, side, side, generator=generator) * 2 - 1, ids
 
 
 def test_features_have_length_one_and_the_scale_is_bounded() -> None:
@@ -74,39 +85,45 @@ def test_loss_is_the_cross_entropy_of_matching_pairs() -> None:
     torch.testing.assert_close(similarity(image, text), (image @ text.T).diagonal())
 
 
-def _gradients_of_two_processes(folder: str) -> None:
+def _gradients_of_two_processes(folder: str, vision: str) -> None:
     torch.set_num_threads(1)
-    image, ids = batch()
+    image, ids = batch(vision)
     mine = slice(4 * distributed.get_rank(), 4 * distributed.get_rank() + 4)
-    model = DistributedDataParallel(ClipForTraining(towers()))
+    model = DistributedDataParallel(ClipForTraining(towers(vision)))
     loss = contrastive_loss(*model(image[mine], ids[mine]))
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.module.named_parameters()}
-    torch.save({"loss": loss.detach(), **gradients}, Path(folder, f"{distributed.get_rank()}.pt"))
+    statistics = dict(model.module.named_buffers())
+    torch.save({"loss": loss.detach(), **gradients, **statistics}, Path(folder, f"{distributed.get_rank()}.pt"))
 
 
-def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
-    debug_launcher(_gradients_of_two_processes, args=(str(tmp_path),), num_processes=2)
-    model = ClipForTraining(towers())
-    loss = contrastive_loss(*model(*batch()))
+@every_tower
+def test_two_processes_give_the_gradients_of_one(vision: str, tmp_path: Path) -> None:
+    debug_launcher(_gradients_of_two_processes, args=(str(tmp_path), vision), num_processes=2)
+    model = ClipForTraining(towers(vision))
+    loss = contrastive_loss(*model(*batch(vision)))
     loss.backward()
     for rank in range(2):
         theirs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(theirs.pop("loss"), loss.detach())
         ours = {name: parameter.grad for name, parameter in model.named_parameters()}
-        assert theirs.keys() == ours.keys()
+        buffers = dict(model.named_buffers())
+        assert theirs.keys() == ours.keys() | buffers.keys()
         for name, gradient in ours.items():
             assert gradient is not None, name
             assert gradient.abs().max() > 0, name
-            torch.testing.assert_close(theirs[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+            torch.testing.assert_close(theirs[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+        for name, value in buffers.items():
+            torch.testing.assert_close(theirs[name], value, msg=name)
 
 
-def test_training_learns_the_pairs_of_a_batch() -> None:
-    model = ClipForTraining(towers())
+@every_tower
+def test_training_learns_the_pairs_of_a_batch(vision: str) -> None:
+    model = ClipForTraining(towers(vision))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(30):
-        loss = contrastive_loss(*model(*batch()))
+        loss = contrastive_loss(*model(*batch(vision)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -114,12 +131,15 @@ def test_training_learns_the_pairs_of_a_batch() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_a_folder_gives_the_same_towers_back(tmp_path: Path) -> None:
-    clip = towers().eval()
+@every_tower
+def test_a_folder_gives_the_same_towers_back(vision: str, tmp_path: Path) -> None:
+    clip = towers(vision)
+    clip.encode_image(batch(vision)[0])  # running statistics of its own, where it has them
+    clip.eval()
     save_clip(clip, tmp_path / "clip")
     again = load_clip(tmp_path / "clip")
-    image, ids = batch()
-    assert again.shape == SHAPE
+    image, ids = batch(vision)
+    assert again.shape == SHAPES[vision]
     assert not again.training
     with torch.no_grad():
         assert torch.equal(again.encode_image(image), clip.encode_image(image))
@@ -150,6 +170,8 @@ def test_unusable_folders_are_named(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"patch_size": 3}, "patch_size 3"),
+        ({"vision": "resnet"}, "factor 32 does not divide image_size 8"),
+        ({"vision": "cnn"}, "cnn is unknown"),
         ({"vision_heads": 3}, "vision_heads"),
         ({"text_heads": 3}, "text_heads"),
         ({"eos_token_id": 20}, "eos_token_id 20"),

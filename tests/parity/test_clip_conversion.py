@@ -19,6 +19,7 @@ def towers(eos_token_id: int = VOCAB - 1) -> Clip:
     clip = build_clip(
         ClipShape(
             image_size=16,
+            vision="vit",
             patch_size=8,
             vision_width=16,
             vision_layers=1,

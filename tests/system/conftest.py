@@ -35,7 +35,7 @@ text_encoder:
   heads: 2
   vocab_size: 514
   embed_dim: 16
-  image: {patch: 32, width: 16, layers: 1, heads: 2}
+  image: {width: 8, layers: 1, heads: 2}
   train: {steps: 6, global_batch: 8}
 unet: {channels: [16, 16], layers_per_block: 1, heads: 2, norm_groups: 8}
 diffusion: {caption_dropout: 0.3}
