@@ -32,7 +32,7 @@ class GlobalBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[b, c, h, w]` per channel; in training by the batch, which also moves the running statistics."""
-        # Rows of channels: a view where the layout is channels_last, and sums over rows are many times faster on the CPU.
+        # Rows of channels, a view where the layout is channels_last: sums over rows are many times faster on the CPU.
         rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
         if self.training:
             mean, var = self._of_batch(rows.float())
