@@ -107,9 +107,13 @@ def build_clip(shape: ClipShape) -> Clip:
             raise UserError(f"clip: {name} is {value}; it must be positive")
     if shape.vision not in ("vit", "resnet"):
         raise UserError(f"clip: image tower {shape.vision} is unknown; use vit or resnet")
-    side, name = (32, "a resnet's factor") if shape.vision == "resnet" else (shape.patch_size, "patch_size")
-    if shape.image_size % side:
-        raise UserError(f"clip: {name} {side} does not divide image_size {shape.image_size}")
+    if shape.vision == "resnet" and shape.image_size % 32:
+        raise UserError(
+            f"clip: a resnet needs pictures whose side is a multiple of 32, not {shape.image_size}; "
+            "use text_encoder.image.kind=vit"
+        )
+    if shape.vision == "vit" and shape.image_size % shape.patch_size:
+        raise UserError(f"clip: patch_size {shape.patch_size} does not divide image_size {shape.image_size}")
     for tower, width, heads in (
         ("vision", _attention_width(shape), shape.vision_heads),
         ("text", shape.text_width, shape.text_heads),

@@ -170,7 +170,7 @@ def test_unusable_folders_are_named(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"patch_size": 3}, "patch_size 3"),
-        ({"vision": "resnet"}, "factor 32 does not divide image_size 8"),
+        ({"vision": "resnet"}, "multiple of 32, not 8"),
         ({"vision": "cnn"}, "cnn is unknown"),
         ({"vision_heads": 3}, "vision_heads"),
         ({"text_heads": 3}, "text_heads"),
