@@ -96,6 +96,7 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None, *, 
         with quiet_libraries():
             for name, network in (("unet", model.unet), ("vae", model.vae), ("text_encoder", model.text_encoder)):
                 _cast(network, dtype).save_pretrained(target / name, safe_serialization=True)
+            _open_in_float32(target / "text_encoder" / "config.json")
             model.tokenizer.save_pretrained(target / "tokenizer")
         write_json(target / SCHEDULER, scheduler)
         write_json(target / METADATA, {"latentgen": __version__, "metadata": dict(model.metadata)})
@@ -106,6 +107,15 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None, *, 
         write_json(target / INDEX, _index(scheduler["_class_name"]))
 
     write_folder(folder, fill)
+
+
+def _open_in_float32(config: Path) -> None:
+    """Name float32 as the type to open a network in, whatever type it is stored in.
+
+    transformers opens a network in the type that its configuration names, diffusers in float32: a pipeline of networks
+    stored in half precision would come up with two types, and fail at the first attention to the text.
+    """
+    write_json(config, {**read_json(config), "dtype": "float32"})
 
 
 def _cast(network: Any, dtype: torch.dtype | None) -> Any:
