@@ -69,8 +69,9 @@ class Loop:
                 ema.follow_sharded(self.plain[name])
         self.optimizers: dict[str, Any] = {}
         for phase in task.phases():
-            optimizer = optim.adamw(
+            optimizer = optim.build_optimizer(
                 [self.plain[name] for name in phase.trains],
+                kind=settings.optimizer,
                 lr=settings.learning_rate,
                 betas=(settings.beta1, settings.beta2),
                 weight_decay=settings.weight_decay,

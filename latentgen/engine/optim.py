@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from latentgen.engine.muon import Muon, matrices_of
 from latentgen.engine.sharding import cut
 
 
@@ -35,15 +37,27 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, steps: 
     raise ValueError(f"train.schedule: {schedule!r} is not one of cosine, linear, constant, inverse_sqrt")
 
 
-def adamw(
-    modules: Iterable[nn.Module], *, lr: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW with the fused kernel (on the CPU a third of the default's time); matrices decay, vectors do not."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+def build_optimizer(
+    modules: Iterable[nn.Module], *, kind: str, lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """The optimizer of these modules' trainable parameters; matrices decay, vectors do not.
+
+    Args:
+        kind: "adamw", with the fused kernel (on the CPU a third of the default's time), or "muon" for the matrices of
+            layers and AdamW for the rest.
+    """
+    modules = list(modules)
+    matrices = matrices_of(modules) if kind == "muon" else []
+    taken = set(matrices)
+    rest = [p for module in modules for p in module.parameters() if p.requires_grad and p not in taken]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if kind == "muon":
+        return Muon(matrices, groups, lr=lr, betas=betas, weight_decay=weight_decay)
+    if kind != "adamw":
+        raise ValueError(f"train.optimizer: {kind!r} is not one of adamw, muon")
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, fused=True)
 
 

@@ -11,6 +11,7 @@ class LoopSettings:
     """How a stage is trained; the fields are those of the recipe's `train` section."""
 
     steps: int
+    optimizer: str
     learning_rate: float
     schedule: str
     warmup_steps: int

@@ -220,7 +220,7 @@ def objective(recipe: Recipe, model: Model) -> Objective:
     weight: Callable = lookup(WEIGHTS, d.weight, "weight")
     if d.weight == "min_snr":
         weight = partial(weight, gamma=d.min_snr_gamma)
-    return Objective(model.parameterization(), density, weight, recipe.autoencoder.posterior)
+    return Objective(model.parameterization(), density, weight, recipe.autoencoder.posterior, d.balanced)
 
 
 def previews(recipe: Recipe) -> list[Request]:

@@ -45,6 +45,7 @@ class StageTrain(Section):
     steps: int | None = Field(default=None, ge=1)
     global_batch: int | None = Field(default=None, ge=1)
     micro_batch: int | None = Field(default=None, ge=1)
+    optimizer: Literal["adamw", "muon"] | None = None
     learning_rate: float | None = Field(default=None, gt=0)
     schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] | None = None
     warmup_steps: int | None = Field(default=None, ge=0)
@@ -152,6 +153,9 @@ class Diffusion(Section):
     density_std: float = Field(default=1.0, gt=0)
     weight: Literal["unit", "min_snr", "snr"] = "min_snr"
     min_snr_gamma: float = Field(default=5.0, gt=0)
+    balanced: bool = Field(
+        default=False, description="divide each noise level's error by its own mean, learned along (arXiv 2312.02696)"
+    )
     caption_dropout: float = Field(default=0.1, ge=0, le=1, description="share of captions replaced by the empty one")
 
 
@@ -162,6 +166,9 @@ class Train(Section):
     global_batch: int = Field(default=64, ge=1, description="examples a step, over all processes and micro-batches")
     micro_batch: int | None = Field(
         default=None, ge=1, description="examples of one forward pass (null: the process's share)"
+    )
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon learns more from a picture, and costs more a step (arXiv 2502.16982)"
     )
     learning_rate: float = Field(default=1e-3, gt=0)
     schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"

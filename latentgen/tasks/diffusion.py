@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from latentgen.core.rand import Draw
+from latentgen.diffusion.log_variance import LogVariance
 from latentgen.diffusion.losses import denoising_loss
 from latentgen.diffusion.noise_levels import stratified
 from latentgen.diffusion.parameterization import Parameterization, per_example
@@ -33,12 +34,14 @@ class Objective:
         density: (u `[b]` in (0, 1), parameterization) -> sigma `[b]`.
         weight: (sigma `[b]`, parameterization) -> weight `[b]` of each example's loss.
         posterior: "sample" learns draws from the autoencoder's posterior, "mean" its means.
+        balanced: every level's weighted error is divided by its own mean, learned along.
     """
 
     parameterization: Parameterization
     density: Callable[[Tensor, Parameterization], Tensor]
     weight: Callable[[Tensor, Parameterization], Tensor]
     posterior: str = "sample"
+    balanced: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,12 @@ class DiffusionTask:
         self.kernel, self.dtype = kernel, dtype
         self.modules: dict[str, nn.Module] = {"unet": model.unet}
         self.averaged: tuple[str, ...] = ("unet",)
+        if objective.balanced:
+            self.modules["log_variance"] = LogVariance()
 
     def phases(self) -> tuple[Phase, ...]:
-        """One optimizer for the U-Net."""
-        return (Phase("unet", ("unet",)),)
+        """One optimizer for all that is trained."""
+        return (Phase("unet", tuple(self.modules)),)
 
     def draws(self, batch: Any, draw: Draw) -> Noised:
         """The random part of a step, a pure function of the step and the position in the global batch."""
@@ -97,7 +102,7 @@ class DiffusionTask:
         )
 
     def losses(self, phase: str, batch: Any, draw: Draw) -> dict[str, Tensor]:
-        """`loss`: the weighted squared error of the prediction; `error`: the same without weights."""
+        """`loss`: the weighted squared error of the prediction, or its likelihood; `error`: without weights."""
         d, p = self.draws(batch, draw), self.objective.parameterization
         c = p.scalings(d.sigma)
         x = d.x0 + per_example(d.sigma, d.noise) * d.noise
@@ -107,7 +112,11 @@ class DiffusionTask:
             prediction = unet(x_in, c.c_noise, encoder_hidden_states=d.context, return_dict=False)[0]
         target = p.target(d.x0, d.noise, d.sigma)
         error = denoising_loss(prediction.float(), target, torch.ones_like(d.sigma))
-        return {"loss": (error * self.objective.weight(d.sigma, p)).mean(), "error": error.mean()}
+        weighted = error * self.objective.weight(d.sigma, p)
+        if self.objective.balanced:
+            u = self.modules["log_variance"](d.sigma)
+            weighted = weighted * torch.exp(-u) + u
+        return {"loss": weighted.mean(), "error": error.mean()}
 
     def preview(self, averaged: Mapping[str, nn.Module], step: int, folder: Path) -> dict[str, float]:
         """Draw the preview requests with the averaged U-Net."""

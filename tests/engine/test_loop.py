@@ -26,6 +26,7 @@ from latentgen.engine.task import Phase
 
 STEPS, BATCH = 7, 8
 SETTINGS = LoopSettings(
+    optimizer="adamw",
     steps=STEPS,
     learning_rate=0.05,
     schedule="cosine",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentgen.engine.optim import adamw, flatten, learning_rate, unflatten
+from latentgen.engine.optim import build_optimizer, flatten, learning_rate, unflatten
 
 RUN = {"peak": 0.8, "warmup": 4, "steps": 20}
 
@@ -65,8 +65,8 @@ class Net(nn.Module):
         return self.linear(self.conv(x).mean(dim=(2, 3))) * self.scale
 
 
-def make(net: Net) -> torch.optim.AdamW:
-    return adamw([net], lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+def make(net: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer:
+    return build_optimizer([net], kind=kind, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
 
 
 def step(net: Net, optimizer: torch.optim.Optimizer, number: int) -> None:

@@ -31,6 +31,7 @@ from latentgen.engine.world import make_world
 
 STEPS, BATCH, MICRO = 6, 8, 2
 SETTINGS = LoopSettings(
+    optimizer="adamw",
     steps=STEPS,
     learning_rate=0.02,
     schedule="cosine",

@@ -128,6 +128,24 @@ def test_weights_are_applied_to_each_example(tiny: Model, draw: DrawOf) -> None:
     assert float(weight.max() - weight.min()) > 0.1
 
 
+def test_balanced_levels_are_divided_by_their_learned_error(tiny: Model, draw: DrawOf) -> None:
+    fetch, made = cached(), task(tiny)
+    made = DiffusionTask(tiny, dataclasses.replace(made.objective, balanced=True), made.previews, columns=2)
+    assert made.phases()[0].trains == ("unet", "log_variance")
+    assert made.averaged == ("unet",), "it is no part of the model"
+    with torch.no_grad():
+        first = made.losses("unet", fetch(draw()), draw())
+    torch.testing.assert_close(first["loss"], first["error"])  # u begins at 0
+    u, d = made.modules["log_variance"], draw()
+    series = u.get_parameter("series")
+    torch.nn.init.normal_(series, std=0.05)
+    with torch.no_grad():
+        each = [task(tiny).losses("unet", fetch(e), e)["error"] for e in (draw(range(i, i + 1)) for i in range(8))]
+    expected = u(made.draws(fetch(d), d).sigma)
+    loss = made.losses("unet", fetch(d), d)["loss"]
+    torch.testing.assert_close(loss, (torch.stack(each) * torch.exp(-expected) + expected).mean(), rtol=1e-4, atol=1e-5)
+
+
 def test_neither_autoencoder_nor_text_encoder_runs(
     tiny_builder: Callable[..., Model], draw: DrawOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

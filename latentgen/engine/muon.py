@@ -1,0 +1,97 @@
+"""Muon: steps of the same size in every direction of a weight matrix (Jordan 2024; arXiv 2502.16982).
+
+The gradient of a matrix is mostly a few directions. Muon takes its momentum and sets all singular values to about one,
+so that rare directions (here: the word that tells a star from a heart) learn as fast as common ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentgen.engine.sharding import cut, whole
+
+QUINTIC = (3.4445, -4.7750, 2.0315)
+"""x -> a x + b x^3 + c x^5, which takes singular values from (0, 1] to about [0.7, 1.2] in five rounds (Jordan 2024)."""
+
+SMALLEST = 16
+"""Matrices with fewer rows or columns go to AdamW: they have few directions to tell apart."""
+
+
+def orthogonalised(matrix: Tensor, rounds: int = 5) -> Tensor:
+    """The nearest matrix [m, n] with all singular values about one, by Newton-Schulz in bfloat16; zero stays zero."""
+    x = matrix.to(torch.bfloat16)
+    tall = x.shape[0] > x.shape[1]
+    x = x.mT if tall else x
+    x = x / (x.norm() + 1e-7)
+    a, b, c = QUINTIC
+    for _ in range(rounds):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrix.dtype)
+
+
+def matrices_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The weights of linear and convolution layers that are large enough; no embeddings."""
+    layers = (layer for module in modules for layer in module.modules() if isinstance(layer, KINDS))
+    weights = dict.fromkeys(layer.weight for layer in layers)
+    return [w for w in weights if w.requires_grad and min(w.shape[0], w.numel() // w.shape[0]) >= SMALLEST]
+
+
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for `matrices`, AdamW for the rest; one learning rate serves both.
+
+    An orthogonal matrix [m, n] has entries of root mean square 1 / sqrt(max(m, n)), AdamW's steps about 0.2:
+    the update is scaled to that (arXiv 2502.16982, eq. 4). A convolution's weight is the matrix [out, in * h * w].
+
+    Args:
+        matrices: parameters of two dimensions or more.
+        groups: AdamW's parameter groups.
+        momentum: of Nesterov's kind, over gradients.
+        weight_decay: of the matrices.
+    """
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        groups: list[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        momentum: float = 0.95,
+    ) -> None:
+        own = {"params": matrices, "weight_decay": weight_decay, "momentum": momentum}
+        rest = [{**group, "momentum": None} for group in groups]
+        super().__init__([group for group in (own, *rest) if group["params"]], lr=lr, betas=betas, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. The matrices' gradients are consumed (None afterwards), which is how AdamW leaves them alone."""
+        assert closure is None, "the loop computes gradients before the step"
+        for group in self.param_groups:
+            if group["momentum"] is None:
+                continue
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._turn(parameter, parameter.grad, group)
+                    parameter.grad = None
+        return super().step()
+
+    def _turn(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(gradient)
+            state["step"] = torch.zeros(())  # not counted here; AdamW looks for it in every state it loads
+        momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
+        direction = whole(gradient.lerp(momentum, group["momentum"]))
+        matrix = direction.flatten(1)
+        step = orthogonalised(matrix).view(direction.shape)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(cut(step, parameter), alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)

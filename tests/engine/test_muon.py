@@ -1,0 +1,126 @@
+"""Muon: singular values of one, AdamW for the rest, and a state that survives being written down."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from latentgen.engine.muon import SMALLEST, Muon, matrices_of, orthogonalised
+from latentgen.engine.optim import build_optimizer, flatten, unflatten
+
+
+class Net(nn.Module):
+    """Every kind of parameter: large and small layers, a channels_last convolution, an embedding, a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(40, 16)
+        self.conv = nn.Conv2d(16, 24, 3, padding=1)
+        self.linear = nn.Linear(24, 32)
+        self.head = nn.Linear(32, 2)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.words(ids).transpose(1, 2).unflatten(2, (3, 3)).contiguous(memory_format=torch.channels_last)
+        return self.head(self.linear(torch.tanh(self.conv(x)).mean(dim=(2, 3)))) * self.scale
+
+
+def make(net: nn.Module, kind: str = "muon") -> torch.optim.Optimizer:
+    return build_optimizer([net], kind=kind, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+
+
+def gradients(net: Net, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    net.zero_grad()
+    (net(torch.randint(40, (8, 9), generator=generator)) - 1).square().sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (24, 144), (144, 24), (128, 512)])
+def test_singular_values_come_out_near_one_and_directions_stay(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    u, s, v = torch.linalg.svd(orthogonalised(matrix), full_matrices=False)
+    assert 0.5 < float(s.min()) and float(s.max()) < 1.3
+    polar = torch.linalg.svd(matrix, full_matrices=False)
+    exact = polar.U @ polar.Vh
+    cosine = (orthogonalised(matrix) * exact).sum() / (exact.norm() * orthogonalised(matrix).norm())
+    assert float(cosine) > 0.97
+    assert u.shape[1] == v.shape[0] == min(shape)
+
+
+def test_zero_stays_zero() -> None:
+    assert torch.equal(orthogonalised(torch.zeros(16, 20)), torch.zeros(16, 20))
+
+
+def test_matrices_are_large_layers_weights() -> None:
+    net = Net()
+    assert {id(p) for p in matrices_of([net])} == {id(net.conv.weight), id(net.linear.weight)}
+    assert min(net.head.weight.shape) < SMALLEST
+    net.conv.requires_grad_(False)
+    assert [id(p) for p in matrices_of([net])] == [id(net.linear.weight)]
+
+
+def test_matrices_step_by_the_formula_and_the_rest_as_adamw() -> None:
+    torch.manual_seed(0)
+    net = Net()
+    plain = copy.deepcopy(net)
+    optimizer, adamw = make(net), make(plain, "adamw")
+    before = net.conv.weight.detach().clone()
+    gradients(net, 0), gradients(plain, 0)
+    assert net.conv.weight.grad is not None
+    g = net.conv.weight.grad.clone()
+    optimizer.step(), adamw.step()
+    direction = orthogonalised((g + 0.95 * (0.05 * g - g)).flatten(1)).view_as(before)
+    expected = before * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 144**0.5 * direction
+    torch.testing.assert_close(net.conv.weight.detach(), expected)
+    for name in ("words.weight", "conv.bias", "linear.bias", "head.weight", "head.bias", "scale"):
+        assert torch.equal(net.get_parameter(name), plain.get_parameter(name)), name
+
+
+def test_steps_have_the_size_of_adamws() -> None:
+    """Root mean square 0.2 times the learning rate, as eq. 4 of arXiv 2502.16982 asks."""
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = build_optimizer([net], kind="muon", lr=0.01, betas=(0.9, 0.99), weight_decay=0.0)
+    for weight in (net.conv.weight, net.linear.weight):
+        before = weight.detach().clone()
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+        size = (weight.detach() - before).square().mean().sqrt() / 0.01
+        assert 0.12 < float(size) < 0.26
+
+
+def test_the_state_survives_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = make(net)
+    for number in range(3):
+        gradients(net, number)
+        optimizer.step()
+    saved = {name: value.clone(memory_format=torch.contiguous_format) for name, value in flatten(optimizer).items()}
+    again = copy.deepcopy(net)
+    other = make(again)
+    unflatten(other, saved)
+    assert other.state[again.conv.weight]["momentum"].stride() == again.conv.weight.stride()
+    for number in (3, 4):
+        for one, its in ((net, optimizer), (again, other)):
+            gradients(one, number)
+            its.step()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+
+
+def test_a_parameter_without_gradient_stays() -> None:
+    net = Net()
+    before = net.linear.weight.detach().clone()
+    make(net).step()
+    assert torch.equal(net.linear.weight, before)
+
+
+def test_the_kinds() -> None:
+    assert isinstance(make(Net()), Muon)
+    with pytest.raises(ValueError, match="'lion' is not one of adamw, muon"):
+        make(Net(), "lion")
