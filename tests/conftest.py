@@ -53,6 +53,10 @@ class FewPictures:
     def captions(self, index: int) -> tuple[str, ...]:
         return tuple(f"picture {index} {word}" for word in ("one", "two", "three")[: 1 + index % 3])
 
+    def contrasts(self, index: int, caption: str) -> tuple[tuple[str, ...], ...]:
+        assert caption in self.captions(index)
+        return tuple(f"picture {index + more} {caption.split()[2]}" for more in (1, 2, 3)), (f"no {caption}",)
+
 
 def build_tiny_clip(vocab_size: int) -> Clip:
     torch.manual_seed(1)

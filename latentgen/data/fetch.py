@@ -38,6 +38,7 @@ class PictureBatches:
         patch_tries: squares drawn for each picture, of which the one with the most contrast is kept: most of a
             drawing is plain background, which teaches an autoencoder little.
         captions: at most so many captions of an example take part (None: all); 0 leaves captions out.
+        contrasts: false captions drawn for each picture, where the source knows any.
     """
 
     source: Source
@@ -46,9 +47,10 @@ class PictureBatches:
     patch_steps: int | None = None
     patch_tries: int = 1
     captions: int | None = None
+    contrasts: int = 0
 
     def __call__(self, draw: Draw) -> dict[str, Any]:
-        """`image` [b, 3, h, w] in [-1, 1] and `caption`, b strings."""
+        """`image` [b, 3, h, w] in [-1, 1]; `caption`, b strings; `contrast`, b tuples of strings."""
         image = to_tensor([self.source.image(index) for index in draw.indices])
         if self.flip:
             mirrored = draw.uniform("flip") < 0.5
@@ -59,7 +61,25 @@ class PictureBatches:
             return {"image": image}
         choice = draw.uniform("caption").tolist()
         options = [first_captions(self.source, index, self.captions) for index in draw.indices]
-        return {"image": image, "caption": [o[int(c * len(o))] for o, c in zip(options, choice, strict=True)]}
+        caption = [o[int(c * len(o))] for o, c in zip(options, choice, strict=True)]
+        return {"image": image, "caption": caption, "contrast": self._contrasts(draw, caption)}
+
+    def _contrasts(self, draw: Draw, caption: Sequence[str]) -> list[tuple[str, ...]]:
+        """For each caption, false ones: first which respect differs is drawn, then how."""
+        if self.contrasts == 0:
+            return [()] * len(caption)
+        draws = [
+            (draw.uniform(f"respect {n}").tolist(), draw.uniform(f"way {n}").tolist()) for n in range(self.contrasts)
+        ]
+        found: list[tuple[str, ...]] = []
+        for row, (index, true) in enumerate(zip(draw.indices, caption, strict=True)):
+            respects = self.source.contrasts(index, true)
+            picked = []
+            for respect, way in draws if respects else ():
+                ways = respects[int(respect[row] * len(respects))]
+                picked.append(ways[int(way[row] * len(ways))])
+            found.append(tuple(picked))
+        return found
 
     def _cut(self, image: Tensor, draw: Draw, side: int) -> Tensor:
         """One square `[b, 3, side, side]` of each picture."""

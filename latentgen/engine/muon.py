@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from latentgen.engine.sharding import cut, whole
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-"""x -> a x + b x^3 + c x^5, which takes singular values from (0, 1] to about [0.7, 1.2] in five rounds (Jordan 2024)."""
+"""x -> a x + b x^3 + c x^5: five rounds take singular values from (0, 1] to about [0.7, 1.2] (Jordan 2024)."""
 
 SMALLEST = 16
 """Matrices with fewer rows or columns go to AdamW: they have few directions to tell apart."""

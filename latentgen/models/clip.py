@@ -128,7 +128,7 @@ def build_clip(shape: ClipShape) -> Clip:
 
 
 class ClipFeatures(NamedTuple):
-    """`image` and `text` features [b, embed_dim] of length 1, and the scalar `logit_scale` (not its logarithm)."""
+    """`image` [b, embed_dim] and `text` [n, embed_dim] of length 1, and the scalar `logit_scale` (not its logarithm)."""
 
     image: Tensor
     text: Tensor
@@ -143,7 +143,7 @@ class ClipForTraining(nn.Module):
         self.clip = clip
 
     def forward(self, image: Tensor, tokens: Tensor) -> ClipFeatures:
-        """Features of pictures [b, 3, image_size, image_size] in [-1, 1] and of token ids [b, context_length].
+        """Features of pictures [b, 3, image_size, image_size] in [-1, 1] and of token ids [n, context_length].
 
         The learned scale is first put back below 100 where an optimizer step took it above.
         """
@@ -177,7 +177,9 @@ class _AllGather(torch.autograd.Function):
         return total[start : start + ctx.count]
 
 
-def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+def contrastive_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, false_features: Tensor | None = None
+) -> Tensor:
     """Symmetric cross entropy of all pairs of the batch (arXiv 2103.00020 figure 3), over all processes.
 
     Every process computes the loss of the whole batch. With gradients averaged over processes, as DDP does, the result
@@ -188,15 +190,23 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale:
         image_features: [b, d] of length 1; b equal on all processes.
         text_features: [b, d] of length 1; row i belongs to picture i.
         logit_scale: scalar.
+        false_features: [b, k, d] of length 1, captions that are false of their own picture: k more columns of the
+            softmax over the captions of a picture (arXiv 2210.01936, section 4). Without them, captions that use the
+            same words in another order are never told apart.
 
     Returns:
         A scalar in nats, the same on all processes.
     """
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         image_features, text_features = _all_gather(image_features), _all_gather(text_features)
+        false_features = None if false_features is None else _all_gather(false_features)
     loss = ClipLoss()(image_features, text_features, logit_scale)
     assert isinstance(loss, Tensor)
-    return loss
+    if false_features is None:
+        return loss
+    others = torch.logsumexp(logit_scale * image_features @ text_features.T, dim=1)
+    false = torch.logsumexp(logit_scale * (false_features @ image_features[:, :, None]).squeeze(2), dim=1)
+    return loss + 0.5 * functional.softplus(false - others).mean()  # what more columns add to one of the two halves
 
 
 def _all_gather(rows: Tensor) -> Tensor:

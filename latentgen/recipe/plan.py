@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentgen.core.log import counted
+from latentgen.engine.muon import matrices_of, orthogonalised
 from latentgen.formats.model_folder import Model, load_model
 from latentgen.models.autoencoder import AutoencoderForTraining, factor
 from latentgen.models.clip import ClipForTraining
@@ -138,9 +139,13 @@ def _on_meta(network: nn.Module) -> Any:
 
 def _stage(recipe: Recipe, name: str, module: nn.Module, flops: float) -> StagePlan:
     train, parameters = recipe.stage_train(name), count_parameters(module)
+    if train.optimizer == "muon":
+        update = flops_of(lambda: [orthogonalised(weight.detach().flatten(1)) for weight in matrices_of([module])])
+    else:
+        update = 0.0
     # Weights, their average and Adam's two moments, in float32; one checkpoint more than is kept exists while saving.
     disk = 4 * parameters * (4 * (train.keep_last + 1) + 2)
-    return StagePlan(name, parameters, train.steps, train.global_batch, flops * train.global_batch, disk)
+    return StagePlan(name, parameters, train.steps, train.global_batch, flops * train.global_batch + update, disk)
 
 
 def _vae(recipe: Recipe) -> AutoencoderKL:
@@ -175,7 +180,8 @@ def _text(recipe: Recipe, image: Tensor, stages: list[StagePlan]) -> tuple[int, 
     t = recipe.text_encoder
     clip = build.new_clip(recipe, t.vocab_size, t.vocab_size - 1)
     tokens = torch.zeros(PROBE, t.context_length, dtype=torch.long)
-    stages.append(_stage(recipe, "clip", clip, _training_flops(ClipForTraining(clip), image, tokens)))
+    shown = tokens.repeat(1 + t.contrasts, 1)
+    stages.append(_stage(recipe, "clip", clip, _training_flops(ClipForTraining(clip), image, shown)))
     return t.width, t.context_length, flops_of(lambda: clip.encode_text(tokens)) / PROBE
 
 

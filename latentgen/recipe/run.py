@@ -194,7 +194,7 @@ class Run:
             assert isinstance(tokenizer.eos_token_id, int)
             clip = build.new_clip(self.recipe, len(tokenizer), tokenizer.eos_token_id)
             task = ClipTask(clip, tokenizer, pairs)
-            fetch = PictureBatches(self.source, self.recipe.data.flip, captions=limit)
+            fetch = PictureBatches(self.source, self.recipe.data.flip, captions=limit, contrasts=t.contrasts)
             self._stage(task, fetch, lambda averaged: finish_clip(averaged["clip"], tokenizer, result))
         with quiet_libraries():
             text_encoder = CLIPTextModel.from_pretrained(result / "text_encoder")

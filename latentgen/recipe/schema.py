@@ -115,6 +115,11 @@ class TextEncoder(Section):
         default=1024, ge=514, description="size of the byte-pair vocabulary learned from the captions"
     )
     embed_dim: int = Field(default=128, ge=8)
+    contrasts: int = Field(
+        default=0,
+        ge=0,
+        description="false captions a picture is told from, where the data knows any (arXiv 2210.01936)",
+    )
     image: ImageTower = ImageTower()
     train: StageTrain = StageTrain()
 

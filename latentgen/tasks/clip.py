@@ -40,9 +40,11 @@ class ClipTask:
 
     def losses(self, phase: str, batch: Any, draw: Draw) -> dict[str, Tensor]:
         """`loss` over the pairs of the whole global batch, and the share of pictures matched to their own caption."""
-        image, text, scale = self._features(self.modules["clip"], batch["image"], batch["caption"])
+        count, false = len(batch["caption"]), [caption for row in batch["contrast"] for caption in row]
+        image, text, scale = self._features(self.modules["clip"], batch["image"], batch["caption"] + false)
+        text, contrast = text[:count], text[count:].unflatten(0, (count, -1)) if false else None
         accuracy = ((scale * image @ text.T).argmax(dim=1) == torch.arange(len(image), device=image.device)).float()
-        return {"loss": contrastive_loss(image, text, scale), "accuracy": accuracy.mean()}
+        return {"loss": contrastive_loss(image, text, scale, contrast), "accuracy": accuracy.mean()}
 
     def _features(self, clip: nn.Module, image: Tensor, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         device = self._device_of.device

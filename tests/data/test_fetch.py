@@ -78,6 +78,24 @@ def test_captions_up_to_the_limit_all_occur(limit: int | None, few: Callable, dr
     assert seen == {i: set(source.captions(i)[:limit]) for i in range(3)}
 
 
+def test_contrasts_belong_to_the_caption_drawn(few: Callable, draw: DrawOf) -> None:
+    source, d = few(6), draw(range(64), global_batch=64, indices=tuple(i % 6 for i in range(64)))
+    batch = PictureBatches(source, contrasts=3)(d)
+    plain = PictureBatches(source)(d)
+    assert batch["caption"] == plain["caption"], "they change no other draw"
+    assert plain["contrast"] == [()] * 64
+    found = set()
+    for index, caption, false in zip(d.indices, batch["caption"], batch["contrast"], strict=True):
+        respects = source.contrasts(index, caption)
+        assert len(false) == 3
+        found |= {
+            (n, way) for text in false for n, ways in enumerate(respects) for way, w in enumerate(ways) if w == text
+        }
+    assert found == {(0, 0), (0, 1), (0, 2), (1, 0)}, "all respects and ways occur, and nothing else"
+    negated = sum(text.startswith("no") for false in batch["contrast"] for text in false)
+    assert 0.35 < negated / 192 < 0.65, "each respect as often as the other"
+
+
 def test_captions_can_be_left_out(few: Callable, draw: DrawOf) -> None:
     assert PictureBatches(few(), captions=0)(draw(indices=(0,) * 8)).keys() == {"image"}
 
@@ -119,11 +137,12 @@ def test_more_tries_find_more_contrast(few: Callable, draw: DrawOf) -> None:
     assert float(four.sum()) > float(one.sum())
 
 
-@pytest.mark.parametrize("kind", ["whole", "flipped patches", "cached"])
+@pytest.mark.parametrize("kind", ["whole", "flipped patches", "contrasts", "cached"])
 def test_batches_do_not_depend_on_the_cut(kind: str, few: Callable, draw: DrawOf) -> None:
     fetch = {
         "whole": PictureBatches(few(8)),
         "flipped patches": PictureBatches(few(8), flip=True, patch=8, patch_tries=2),
+        "contrasts": PictureBatches(few(8), contrasts=2),
         "cached": cached(variants=2, dropout=0.5),
     }[kind]
     order = (7, 2, 5, 0, 1, 3, 6, 4)

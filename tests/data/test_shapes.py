@@ -258,6 +258,30 @@ def test_heldout_is_decided_by_the_words():
     assert not parse("a red circle above a blue square").heldout
 
 
+def test_contrasts_are_false_and_name_nothing_held_out():
+    source = ShapesSource(size=200)
+    respects = set()
+    for index in range(200):
+        scene = source.scene(index)
+        for caption in source.captions(index):
+            groups = source.contrasts(index, caption)
+            assert groups
+            assert groups == source.contrasts(index, caption)
+            respects.add(len(groups))
+            for false in (false for group in groups for false in group):
+                requirement = parse(false)
+                assert not holds(requirement, scene), (caption, false)
+                assert not requirement.heldout, false
+    assert respects >= {2, 3, 4, 5}
+    heldout = ShapesSource(size=60, split="heldout")
+    assert any(
+        parse(false).heldout
+        for index in range(60)
+        for group in heldout.contrasts(index, heldout.captions(index)[0])
+        for false in group
+    )
+
+
 def test_source_names_and_mistakes():
     source = ShapesSource(size=5, split="heldout", resolution=128)
     assert len(source) == 5

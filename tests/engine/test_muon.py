@@ -43,13 +43,13 @@ def gradients(net: Net, number: int) -> None:
 def test_singular_values_come_out_near_one_and_directions_stay(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     matrix = torch.randn(shape)
-    u, s, v = torch.linalg.svd(orthogonalised(matrix), full_matrices=False)
-    assert 0.5 < float(s.min()) and float(s.max()) < 1.3
+    s = torch.linalg.svdvals(orthogonalised(matrix))
+    assert float(s.min()) > 0.5
+    assert float(s.max()) < 1.3
     polar = torch.linalg.svd(matrix, full_matrices=False)
     exact = polar.U @ polar.Vh
     cosine = (orthogonalised(matrix) * exact).sum() / (exact.norm() * orthogonalised(matrix).norm())
     assert float(cosine) > 0.97
-    assert u.shape[1] == v.shape[0] == min(shape)
 
 
 def test_zero_stays_zero() -> None:

@@ -38,6 +38,24 @@ def test_losses_are_the_symmetric_cross_entropy(task: ClipTask, few: Callable, d
     assert float(losses["accuracy"]) == float((logits.argmax(dim=1) == right).float().mean())
 
 
+def test_false_captions_are_further_columns(task: ClipTask, few: Callable, draw: Callable[..., Draw]) -> None:
+    d = draw()
+    batch = PictureBatches(few(8), contrasts=2)(d)
+    losses = task.losses("clip", batch, d)
+    clip = task.modules["clip"].clip
+    assert isinstance(clip, Clip)
+    image = functional.normalize(clip.encode_image(batch["image"]), dim=-1)
+    text = functional.normalize(clip.encode_text(tokenize(task.tokenizer, batch["caption"])), dim=-1)
+    rows, right, scale = [], torch.arange(8), clip.logit_scale.exp()
+    for picture, false in zip(image, batch["contrast"], strict=True):
+        wrong = functional.normalize(clip.encode_text(tokenize(task.tokenizer, list(false))), dim=-1)
+        rows.append(scale * torch.cat([text, wrong]) @ picture)
+    backward = functional.cross_entropy(scale * text @ image.T, right)
+    torch.testing.assert_close(losses["loss"], (functional.cross_entropy(torch.stack(rows), right) + backward) / 2)
+    true_only = PictureBatches(few(8))(d)
+    torch.testing.assert_close(losses["accuracy"], task.losses("clip", true_only, d)["accuracy"])
+
+
 def test_a_few_steps_learn_the_pairs(task: ClipTask, few: Callable, draw: Callable[..., Draw]) -> None:
     optimizer = torch.optim.AdamW(task.modules["clip"].parameters(), lr=3e-3)
     source = few(8)

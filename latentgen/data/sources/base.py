@@ -30,3 +30,10 @@ class Source(Protocol):
     def captions(self, index: int) -> tuple[str, ...]:
         """Its captions, at least one."""
         ...
+
+    def contrasts(self, index: int, caption: str) -> tuple[tuple[str, ...], ...]:
+        """Captions that are false of the example and differ from its `caption` in one respect, a tuple each respect.
+
+        Empty where the source cannot know what is false, as with most pictures of the world outside.
+        """
+        ...

@@ -109,6 +109,11 @@ class FolderSource:
         """Captions of picture `index`, at least one, all different."""
         return self._captions[self._number(index)]
 
+    def contrasts(self, index: int, caption: str) -> tuple[tuple[str, ...], ...]:
+        """None: what else is true of a photograph nobody has written down."""
+        del index, caption
+        return ()
+
     def name(self, index: int) -> str:
         """Path of picture `index` relative to the folder, with forward slashes."""
         return _shown(self._names[self._number(index)])

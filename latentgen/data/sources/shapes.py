@@ -15,7 +15,7 @@ import numpy as np
 
 from latentgen.core.errors import UserError
 from latentgen.core.files import content_key
-from latentgen.data.sources.shapes_captions import captions_of
+from latentgen.data.sources.shapes_captions import alterations, captions_of, parse, phrase
 from latentgen.data.sources.shapes_layout import Draws, draw_scene
 from latentgen.data.sources.shapes_render import render
 from latentgen.data.sources.shapes_scene import SIDE, SPLITS, Scene
@@ -92,6 +92,19 @@ class ShapesSource:
     def captions(self, index: int) -> tuple[str, ...]:
         """True captions of picture `index`; the first is the default, one says everything, others say less."""
         return captions_of(self.scene(index), _words(self.seed, self.split, index))
+
+    def contrasts(self, index: int, caption: str) -> tuple[tuple[str, ...], ...]:
+        """False captions of picture `index`: one shape, colour, size, count, relation or background is changed.
+
+        The colours of two objects exchanged are a respect of their own. None names a held-out combination, unless the
+        split shows them.
+        """
+        draws = Draws("contrasts", self.seed, self.split, index, caption)
+        respects: dict[str, list[str]] = {}
+        for respect, requirement in alterations(parse(caption)):
+            if self.split != "train" or not requirement.heldout:
+                respects.setdefault(respect, []).append(phrase(requirement, draws))
+        return tuple(tuple(options) for options in respects.values())
 
     def name(self, index: int) -> str:
         """A name for reports: "shapes:train:123"."""
