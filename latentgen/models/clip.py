@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +19,15 @@ import torch
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentgen.core.errors import UserError
 from latentgen.core.files import write_json
 from latentgen.models.batch_norm import replace_batch_norm
+from latentgen.models.gathering import gather_rows
+from latentgen.models.late_interaction import LateInteraction, spoken
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MAX_LOGIT_SCALE = 100.0  # arXiv 2103.00020 section 2.5
@@ -128,53 +132,76 @@ def build_clip(shape: ClipShape) -> Clip:
 
 
 class ClipFeatures(NamedTuple):
-    """`image` [b, embed_dim] and `text` [n, embed_dim] of length 1, and the scalar `logit_scale` (not its logarithm)."""
+    """`image` [b, embed_dim] and `text` [n, embed_dim] of length 1, and scalar `logit_scale` (not its logarithm).
+
+    With late interaction also `places` [b, p, embed_dim] and `words` [n, t, embed_dim] of length 1, `spoken` [n, t],
+    1 for the words that count, and its own scalar `late_scale`.
+    """
 
     image: Tensor
     text: Tensor
     logit_scale: Tensor
+    places: Tensor | None = None
+    words: Tensor | None = None
+    spoken: Tensor | None = None
+    late_scale: Tensor | None = None
 
 
 class ClipForTraining(nn.Module):
-    """Both towers behind one `forward`, because data-parallel wrappers see only that."""
+    """Both towers behind one `forward`, because data-parallel wrappers see only that.
 
-    def __init__(self, clip: Clip) -> None:
+    Args:
+        clip: the towers.
+        late: also compare words with places (`models.late_interaction`).
+    """
+
+    def __init__(self, clip: Clip, late: bool = False) -> None:
         super().__init__()
-        self.clip = clip
+        self.clip, shape = clip, clip.shape
+        resnet = shape.vision == "resnet"
+        # A ResNet's third stage is 16 times smaller than the picture: as fine as the patches of a ViT-B/16.
+        self._places = "layer3" if resnet else "transformer"
+        width = shape.vision_width * (16 if resnet else 1)
+        self.late = LateInteraction(width, shape.text_width, shape.embed_dim) if late else None
 
     def forward(self, image: Tensor, tokens: Tensor) -> ClipFeatures:
         """Features of pictures [b, 3, image_size, image_size] in [-1, 1] and of token ids [n, context_length].
 
-        The learned scale is first put back below 100 where an optimizer step took it above.
+        The learned scales are first put back below 100 where an optimizer step took them above.
         """
+        clip, late = self.clip, self.late
         with torch.no_grad():
-            self.clip.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
-        return ClipFeatures(
-            self.clip.encode_image(image, normalize=True),
-            self.clip.encode_text(tokens, normalize=True),
-            self.clip.logit_scale.exp(),
-        )
+            clip.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        seen: dict[str, Tensor] = {}
+        with (
+            _watching(clip.visual.get_submodule(self._places), "places", seen),
+            _watching(clip.ln_final, "words", seen),
+        ):
+            features = ClipFeatures(
+                clip.encode_image(image, normalize=True),
+                clip.encode_text(tokens, normalize=True),
+                clip.logit_scale.exp(),
+            )
+        if late is None:
+            return features
+        with torch.no_grad():
+            late.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        places = seen["places"]
+        # A transformer's first token is the picture's, not a place's.
+        places = places.flatten(2).transpose(1, 2) if places.ndim == 4 else places[:, 1:]
+        places, words = late(places, seen["words"])
+        mask = spoken(tokens, clip.shape.eos_token_id)
+        return features._replace(places=places, words=words, spoken=mask, late_scale=late.logit_scale.exp())
 
 
-class _AllGather(torch.autograd.Function):
-    """Rows of all processes, in rank order; the gradient is summed over the processes and cut back to one's own rows.
-
-    `torch.distributed.nn.all_gather`, which open_clip calls, does the same but is deprecated.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.count = rows.shape[0]
-        parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(total)
-        start = distributed.get_rank() * ctx.count
-        return total[start : start + ctx.count]
+@contextmanager
+def _watching(module: nn.Module, name: str, seen: dict[str, Tensor]) -> Iterator[None]:
+    """Keep what `module` gives inside the block in `seen[name]`: the towers return their last features only."""
+    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.__setitem__(name, output))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def contrastive_loss(
@@ -197,9 +224,8 @@ def contrastive_loss(
     Returns:
         A scalar in nats, the same on all processes.
     """
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        image_features, text_features = _all_gather(image_features), _all_gather(text_features)
-        false_features = None if false_features is None else _all_gather(false_features)
+    image_features, text_features = gather_rows(image_features), gather_rows(text_features)
+    false_features = None if false_features is None else gather_rows(false_features)
     loss = ClipLoss()(image_features, text_features, logit_scale)
     assert isinstance(loss, Tensor)
     if false_features is None:
@@ -207,12 +233,6 @@ def contrastive_loss(
     others = torch.logsumexp(logit_scale * image_features @ text_features.T, dim=1)
     false = torch.logsumexp(logit_scale * (false_features @ image_features[:, :, None]).squeeze(2), dim=1)
     return loss + 0.5 * functional.softplus(false - others).mean()  # what more columns add to one of the two halves
-
-
-def _all_gather(rows: Tensor) -> Tensor:
-    gathered = _AllGather.apply(rows)
-    assert isinstance(gathered, Tensor)
-    return gathered
 
 
 def similarity(image_features: Tensor, text_features: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from latentgen.engine.muon import matrices_of, orthogonalised
 from latentgen.formats.model_folder import Model, load_model
 from latentgen.models.autoencoder import AutoencoderForTraining, factor
 from latentgen.models.clip import ClipForTraining
+from latentgen.models.late_interaction import late_loss
 from latentgen.models.unet import count_parameters
 from latentgen.recipe import build
 from latentgen.recipe.load import dump_recipe
@@ -88,7 +89,7 @@ def _training_flops(module: nn.Module, *inputs: Tensor, **named: Tensor) -> floa
     def run() -> None:
         out = module(*inputs, **named)
         parts = out if isinstance(out, tuple) else (out.sample,)
-        sum((part.float().sum() for part in parts), torch.zeros((), device="meta")).backward()
+        sum((part.float().sum() for part in parts if part is not None), torch.zeros((), device="meta")).backward()
 
     return flops_of(run) / PROBE
 
@@ -137,7 +138,18 @@ def _on_meta(network: nn.Module) -> Any:
     return network.to("meta")
 
 
-def _stage(recipe: Recipe, name: str, module: nn.Module, flops: float) -> StagePlan:
+def _late_flops(recipe: Recipe) -> float:
+    """FLOPs of comparing every word with every place of every picture of a batch, which grows with its square."""
+    t, batch = recipe.text_encoder, recipe.stage_train("clip").global_batch
+    side = recipe.data.resolution // (16 if t.image.kind == "resnet" else t.image.patch)
+    places = torch.empty(batch, side**2, t.embed_dim, requires_grad=True)
+    words = torch.empty(batch * (1 + t.contrasts), t.context_length, t.embed_dim, requires_grad=True)
+    mask, scale = torch.empty(words.shape[:2]), torch.empty(())
+    return flops_of(lambda: late_loss(places, words, mask, scale, t.contrasts).backward())
+
+
+def _stage(recipe: Recipe, name: str, module: nn.Module, flops: float, shared: float = 0.0) -> StagePlan:
+    """`flops` of one example, `shared` of a whole batch besides."""
     train, parameters = recipe.stage_train(name), count_parameters(module)
     if train.optimizer == "muon":
         update = flops_of(lambda: [orthogonalised(weight.detach().flatten(1)) for weight in matrices_of([module])])
@@ -145,7 +157,9 @@ def _stage(recipe: Recipe, name: str, module: nn.Module, flops: float) -> StageP
         update = 0.0
     # Weights, their average and Adam's two moments, in float32; one checkpoint more than is kept exists while saving.
     disk = 4 * parameters * (4 * (train.keep_last + 1) + 2)
-    return StagePlan(name, parameters, train.steps, train.global_batch, flops * train.global_batch + update, disk)
+    return StagePlan(
+        name, parameters, train.steps, train.global_batch, flops * train.global_batch + shared + update, disk
+    )
 
 
 def _vae(recipe: Recipe) -> AutoencoderKL:
@@ -181,7 +195,8 @@ def _text(recipe: Recipe, image: Tensor, stages: list[StagePlan]) -> tuple[int, 
     clip = build.new_clip(recipe, t.vocab_size, t.vocab_size - 1)
     tokens = torch.zeros(PROBE, t.context_length, dtype=torch.long)
     shown = tokens.repeat(1 + t.contrasts, 1)
-    stages.append(_stage(recipe, "clip", clip, _training_flops(ClipForTraining(clip), image, shown)))
+    flops = _training_flops(ClipForTraining(clip, late=t.late > 0), image, shown)
+    stages.append(_stage(recipe, "clip", clip, flops, _late_flops(recipe) if t.late else 0.0))
     return t.width, t.context_length, flops_of(lambda: clip.encode_text(tokens)) / PROBE
 
 

@@ -193,7 +193,7 @@ class Run:
             pairs = to_tensor([held_out.image(i) for i in numbers]), [held_out.captions(i)[0] for i in numbers]
             assert isinstance(tokenizer.eos_token_id, int)
             clip = build.new_clip(self.recipe, len(tokenizer), tokenizer.eos_token_id)
-            task = ClipTask(clip, tokenizer, pairs)
+            task = ClipTask(clip, tokenizer, pairs, t.late)
             fetch = PictureBatches(self.source, self.recipe.data.flip, captions=limit, contrasts=t.contrasts)
             self._stage(task, fetch, lambda averaged: finish_clip(averaged["clip"], tokenizer, result))
         with quiet_libraries():

@@ -115,6 +115,9 @@ class TextEncoder(Section):
         default=1024, ge=514, description="size of the byte-pair vocabulary learned from the captions"
     )
     embed_dim: int = Field(default=128, ge=8)
+    late: float = Field(
+        default=0.0, ge=0, description="weight of the loss that matches single words with places (arXiv 2111.07783)"
+    )
     contrasts: int = Field(
         default=0,
         ge=0,

@@ -13,7 +13,8 @@ from transformers import CLIPTokenizer
 from latentgen.core.files import write_folder
 from latentgen.core.rand import Draw
 from latentgen.engine.task import Phase
-from latentgen.models.clip import Clip, ClipForTraining, contrastive_loss, save_clip, to_transformers
+from latentgen.models.clip import Clip, ClipFeatures, ClipForTraining, contrastive_loss, save_clip, to_transformers
+from latentgen.models.late_interaction import late_loss
 from latentgen.models.text import tokenize
 
 
@@ -24,13 +25,16 @@ class ClipTask:
         clip: the two towers.
         tokenizer: of the text tower.
         held_out: pictures `[n, 3, h, w]` in [-1, 1] and their n captions, on which retrieval is measured.
+        late: weight of the loss that matches single words with places of the picture; 0 leaves it out.
     """
 
     name = "clip"
 
-    def __init__(self, clip: Clip, tokenizer: CLIPTokenizer, held_out: tuple[Tensor, list[str]]) -> None:
-        self.tokenizer, self.held_out = tokenizer, held_out
-        self.modules: dict[str, nn.Module] = {"clip": ClipForTraining(clip)}
+    def __init__(
+        self, clip: Clip, tokenizer: CLIPTokenizer, held_out: tuple[Tensor, list[str]], late: float = 0.0
+    ) -> None:
+        self.tokenizer, self.held_out, self.late = tokenizer, held_out, late
+        self.modules: dict[str, nn.Module] = {"clip": ClipForTraining(clip, late=late > 0)}
         self.averaged: tuple[str, ...] = ("clip",)
         self._device_of = clip.logit_scale
 
@@ -41,21 +45,28 @@ class ClipTask:
     def losses(self, phase: str, batch: Any, draw: Draw) -> dict[str, Tensor]:
         """`loss` over the pairs of the whole global batch, and the share of pictures matched to their own caption."""
         count, false = len(batch["caption"]), [caption for row in batch["contrast"] for caption in row]
-        image, text, scale = self._features(self.modules["clip"], batch["image"], batch["caption"] + false)
-        text, contrast = text[:count], text[count:].unflatten(0, (count, -1)) if false else None
-        accuracy = ((scale * image @ text.T).argmax(dim=1) == torch.arange(len(image), device=image.device)).float()
-        return {"loss": contrastive_loss(image, text, scale, contrast), "accuracy": accuracy.mean()}
+        found = self._features(self.modules["clip"], batch["image"], batch["caption"] + false)
+        image, text, scale = found.image, found.text[:count], found.logit_scale
+        contrast = found.text[count:].unflatten(0, (count, -1)) if false else None
+        loss = contrastive_loss(image, text, scale, contrast)
+        accuracy = ((scale * image @ text.T).argmax(dim=1) == torch.arange(count, device=image.device)).float()
+        if found.places is None:
+            return {"loss": loss, "accuracy": accuracy.mean()}
+        assert found.words is not None
+        assert found.spoken is not None
+        assert found.late_scale is not None
+        late = late_loss(found.places, found.words, found.spoken, found.late_scale, len(false) // count)
+        return {"loss": loss + self.late * late, "accuracy": accuracy.mean(), "late": late}
 
-    def _features(self, clip: nn.Module, image: Tensor, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    def _features(self, clip: nn.Module, image: Tensor, captions: list[str]) -> ClipFeatures:
         device = self._device_of.device
-        features = clip(image.to(device), tokenize(self.tokenizer, captions).to(device))
-        return features.image, features.text, features.logit_scale
+        return clip(image.to(device), tokenize(self.tokenizer, captions).to(device))
 
     @torch.no_grad()
     def preview(self, averaged: Mapping[str, nn.Module], step: int, folder: Path) -> dict[str, float]:
         """Share of held-out pictures whose own caption ranks first among all held-out captions."""
-        image, text, _ = self._features(averaged["clip"], *self.held_out)
-        best = (image @ text.T).argmax(dim=1)
+        found = self._features(averaged["clip"], *self.held_out)
+        best = (found.image @ found.text.T).argmax(dim=1)
         captions = self.held_out[1]
         right = [captions[int(found)] == caption for found, caption in zip(best, captions, strict=True)]
         return {"retrieval": sum(right) / len(right)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -110,7 +111,7 @@ def test_two_processes_give_the_gradients_of_one(vision: str, tmp_path: Path) ->
     model = ClipForTraining(towers(vision))
     loss = with_false_captions(model, *batch(vision))
     loss.backward()
-    assert loss > contrastive_loss(*ClipForTraining(towers(vision))(*batch(vision))) + 0.01, "false captions count"
+    assert loss > contrastive_loss(*ClipForTraining(towers(vision))(*batch(vision))[:3]) + 0.01, "false captions count"
     for rank in range(2):
         theirs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(theirs.pop("loss"), loss.detach())
@@ -126,12 +127,29 @@ def test_two_processes_give_the_gradients_of_one(vision: str, tmp_path: Path) ->
 
 
 @every_tower
+def test_late_interaction_sees_places_and_words(vision: str) -> None:
+    model, (image, ids) = ClipForTraining(towers(vision), late=True), batch(vision)
+    found, plain = model(image, ids), ClipForTraining(towers(vision))(image, ids)
+    torch.testing.assert_close(found.image, plain.image)
+    torch.testing.assert_close(found.text, plain.text)
+    assert plain.places is None
+    side = model.clip.shape.image_size // (16 if vision == "resnet" else model.clip.shape.patch_size)
+    assert found.places.shape == (len(image), side**2, model.clip.shape.embed_dim)
+    assert found.words.shape == (*ids.shape, model.clip.shape.embed_dim)
+    torch.testing.assert_close(found.words.norm(dim=-1), torch.ones(ids.shape))
+    assert not model.clip.ln_final._forward_hooks, "nothing is left watching"
+    again = copy.deepcopy(model.eval())
+    with torch.no_grad():
+        torch.testing.assert_close(again(image, ids).places, model(image, ids).places)
+
+
+@every_tower
 def test_training_learns_the_pairs_of_a_batch(vision: str) -> None:
     model = ClipForTraining(towers(vision))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(30):
-        loss = contrastive_loss(*model(*batch(vision)))
+        loss = contrastive_loss(*model(*batch(vision))[:3])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -56,6 +56,19 @@ def test_false_captions_are_further_columns(task: ClipTask, few: Callable, draw:
     torch.testing.assert_close(losses["accuracy"], task.losses("clip", true_only, d)["accuracy"])
 
 
+def test_the_late_loss_is_added_with_its_weight(
+    tiny: Model, clip_builder: Callable[[int], Clip], few: Callable, draw: Callable[..., Draw]
+) -> None:
+    d, made = draw(), ClipTask(clip_builder(len(tiny.tokenizer)), tiny.tokenizer, (torch.zeros(0), []), late=0.5)
+    batch = PictureBatches(few(8), contrasts=2)(d)
+    losses = made.losses("clip", batch, d)
+    plain = ClipTask(clip_builder(len(tiny.tokenizer)), tiny.tokenizer, (torch.zeros(0), [])).losses("clip", batch, d)
+    torch.testing.assert_close(losses["loss"], plain["loss"] + 0.5 * losses["late"])
+    losses["loss"].backward()
+    assert all(p.grad is not None for p in made.modules["clip"].parameters())
+    assert not any(name.startswith("late") for name in made.modules["clip"].clip.state_dict()), "no part of the towers"
+
+
 def test_a_few_steps_learn_the_pairs(task: ClipTask, few: Callable, draw: Callable[..., Draw]) -> None:
     optimizer = torch.optim.AdamW(task.modules["clip"].parameters(), lr=3e-3)
     source = few(8)
