@@ -75,6 +75,7 @@ class Loop:
                 lr=settings.learning_rate,
                 betas=(settings.beta1, settings.beta2),
                 weight_decay=settings.weight_decay,
+                dtype=torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32,
             )
             self.optimizers[phase.name] = accelerator.prepare(optimizer)
         for name, module in self.plain.items():

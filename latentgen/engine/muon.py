@@ -21,9 +21,12 @@ SMALLEST = 16
 """Matrices with fewer rows or columns go to AdamW: they have few directions to tell apart."""
 
 
-def orthogonalised(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """The nearest matrix [m, n] with all singular values about one, by Newton-Schulz in bfloat16; zero stays zero."""
-    x = matrix.to(torch.bfloat16)
+def orthogonalised(matrix: Tensor, dtype: torch.dtype, rounds: int = 5) -> Tensor:
+    """The nearest matrix [m, n] with all singular values about one, by Newton-Schulz in `dtype`; zero stays zero.
+
+    Directions that the gradient hardly has grow up to 500 times: in bfloat16, much of them is rounding.
+    """
+    x = matrix.to(dtype)
     tall = x.shape[0] > x.shape[1]
     x = x.mT if tall else x
     x = x / (x.norm() + 1e-7)
@@ -37,7 +40,7 @@ def orthogonalised(matrix: Tensor, rounds: int = 5) -> Tensor:
 def matrices_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """The weights of linear and convolution layers that are large enough; no embeddings."""
     layers = (layer for module in modules for layer in module.modules() if isinstance(layer, KINDS))
-    weights = dict.fromkeys(layer.weight for layer in layers)
+    weights = dict.fromkeys(layer.get_parameter("weight") for layer in layers)
     return [w for w in weights if w.requires_grad and min(w.shape[0], w.numel() // w.shape[0]) >= SMALLEST]
 
 
@@ -55,6 +58,8 @@ class Muon(torch.optim.AdamW):
         groups: AdamW's parameter groups.
         momentum: of Nesterov's kind, over gradients.
         weight_decay: of the matrices.
+        dtype: to turn matrices in. bfloat16 is as good to learn with; what float32 gives also does not depend on
+            how a batch is cut.
     """
 
     def __init__(
@@ -66,7 +71,9 @@ class Muon(torch.optim.AdamW):
         betas: tuple[float, float],
         weight_decay: float,
         momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.dtype = dtype
         own = {"params": matrices, "weight_decay": weight_decay, "momentum": momentum}
         rest = [{**group, "momentum": None} for group in groups]
         super().__init__([group for group in (own, *rest) if group["params"]], lr=lr, betas=betas, fused=True)
@@ -92,6 +99,6 @@ class Muon(torch.optim.AdamW):
         momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
         direction = whole(gradient.lerp(momentum, group["momentum"]))
         matrix = direction.flatten(1)
-        step = orthogonalised(matrix).view(direction.shape)
+        step = orthogonalised(matrix, self.dtype).view(direction.shape)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(cut(step, parameter), alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)

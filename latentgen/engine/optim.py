@@ -38,13 +38,20 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, steps: 
 
 
 def build_optimizer(
-    modules: Iterable[nn.Module], *, kind: str, lr: float, betas: tuple[float, float], weight_decay: float
+    modules: Iterable[nn.Module],
+    *,
+    kind: str,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.optim.Optimizer:
     """The optimizer of these modules' trainable parameters; matrices decay, vectors do not.
 
     Args:
         kind: "adamw", with the fused kernel (on the CPU a third of the default's time), or "muon" for the matrices of
             layers and AdamW for the rest.
+        dtype: that Muon turns matrices in.
     """
     modules = list(modules)
     matrices = matrices_of(modules) if kind == "muon" else []
@@ -55,7 +62,7 @@ def build_optimizer(
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if kind == "muon":
-        return Muon(matrices, groups, lr=lr, betas=betas, weight_decay=weight_decay)
+        return Muon(matrices, groups, lr=lr, betas=betas, weight_decay=weight_decay, dtype=dtype)
     if kind != "adamw":
         raise ValueError(f"train.optimizer: {kind!r} is not one of adamw, muon")
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, fused=True)

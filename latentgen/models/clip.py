@@ -69,11 +69,11 @@ class Clip(CLIP):
     """open_clip's two towers, with the sizes they were built from in `shape`."""
 
     def __init__(self, shape: ClipShape) -> None:
-        resnet = shape.vision == "resnet"
+        resnet, n = shape.vision == "resnet", shape.vision_layers
         super().__init__(
             embed_dim=shape.embed_dim,
             vision_cfg=CLIPVisionCfg(
-                layers=(shape.vision_layers,) * 4 if resnet else shape.vision_layers,
+                layers=(n, n, n, n) if resnet else n,
                 width=shape.vision_width,
                 head_width=_attention_width(shape) // shape.vision_heads,
                 patch_size=shape.patch_size,
@@ -175,7 +175,7 @@ class ClipForTraining(nn.Module):
         seen: dict[str, Tensor] = {}
         with (
             _watching(clip.visual.get_submodule(self._places), "places", seen),
-            _watching(clip.ln_final, "words", seen),
+            _watching(clip.get_submodule("ln_final"), "words", seen),
         ):
             features = ClipFeatures(
                 clip.encode_image(image, normalize=True),
@@ -197,7 +197,11 @@ class ClipForTraining(nn.Module):
 @contextmanager
 def _watching(module: nn.Module, name: str, seen: dict[str, Tensor]) -> Iterator[None]:
     """Keep what `module` gives inside the block in `seen[name]`: the towers return their last features only."""
-    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.__setitem__(name, output))
+
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        seen[name] = output
+
+    handle = module.register_forward_hook(keep)
     try:
         yield
     finally:

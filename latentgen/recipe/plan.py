@@ -152,7 +152,8 @@ def _stage(recipe: Recipe, name: str, module: nn.Module, flops: float, shared: f
     """`flops` of one example, `shared` of a whole batch besides."""
     train, parameters = recipe.stage_train(name), count_parameters(module)
     if train.optimizer == "muon":
-        update = flops_of(lambda: [orthogonalised(weight.detach().flatten(1)) for weight in matrices_of([module])])
+        matrices = [weight.detach().flatten(1) for weight in matrices_of([module])]
+        update = flops_of(lambda: [orthogonalised(matrix, matrix.dtype) for matrix in matrices])
     else:
         update = 0.0
     # Weights, their average and Adam's two moments, in float32; one checkpoint more than is kept exists while saving.

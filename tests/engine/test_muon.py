@@ -39,21 +39,23 @@ def gradients(net: Net, number: int) -> None:
     (net(torch.randint(40, (8, 9), generator=generator)) - 1).square().sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(16, 16), (24, 144), (144, 24), (128, 512)])
-def test_singular_values_come_out_near_one_and_directions_stay(shape: tuple[int, int]) -> None:
+def test_singular_values_come_out_near_one_and_directions_stay(shape: tuple[int, int], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     matrix = torch.randn(shape)
-    s = torch.linalg.svdvals(orthogonalised(matrix))
+    turned = orthogonalised(matrix, dtype)
+    s = torch.linalg.svdvals(turned)
     assert float(s.min()) > 0.5
     assert float(s.max()) < 1.3
     polar = torch.linalg.svd(matrix, full_matrices=False)
     exact = polar.U @ polar.Vh
-    cosine = (orthogonalised(matrix) * exact).sum() / (exact.norm() * orthogonalised(matrix).norm())
+    cosine = (turned * exact).sum() / (exact.norm() * turned.norm())
     assert float(cosine) > 0.97
 
 
 def test_zero_stays_zero() -> None:
-    assert torch.equal(orthogonalised(torch.zeros(16, 20)), torch.zeros(16, 20))
+    assert torch.equal(orthogonalised(torch.zeros(16, 20), torch.float32), torch.zeros(16, 20))
 
 
 def test_matrices_are_large_layers_weights() -> None:
@@ -74,7 +76,7 @@ def test_matrices_step_by_the_formula_and_the_rest_as_adamw() -> None:
     assert net.conv.weight.grad is not None
     g = net.conv.weight.grad.clone()
     optimizer.step(), adamw.step()
-    direction = orthogonalised((g + 0.95 * (0.05 * g - g)).flatten(1)).view_as(before)
+    direction = orthogonalised((g + 0.95 * (0.05 * g - g)).flatten(1), torch.float32).view_as(before)
     expected = before * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 144**0.5 * direction
     torch.testing.assert_close(net.conv.weight.detach(), expected)
     for name in ("words.weight", "conv.bias", "linear.bias", "head.weight", "head.bias", "scale"):

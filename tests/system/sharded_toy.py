@@ -1,8 +1,9 @@
 """A tiny task and what two processes do with it: started by `test_sharding.py`, twice at once, as torchrun would.
 
-FOLDER/begun holds a checkpoint of one process, half way. Written: FOLDER/two, the same training sharded from its start;
-FOLDER/parts-RANK.json, how much of everything a process has; FOLDER/kept, the checkpoint as it is after having been
-cut and put together; FOLDER/begun to its end; FOLDER/again, `two` continued from half way.
+Its arguments: a FOLDER and the optimizer's kind. FOLDER/begun holds a checkpoint of one process, half way.
+Written: FOLDER/two, the same training sharded from its start; FOLDER/parts-RANK.json, how much of everything a process
+has; FOLDER/kept, the checkpoint as it is after having been cut and put together; FOLDER/begun to its end;
+FOLDER/again, `two` continued from half way.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +98,19 @@ def fetch(draw: Draw) -> dict[str, Tensor]:
     return {"x": draw.normal("x", (2, 5, 5)), "y": draw.normal("y", (1,))}
 
 
-def toy_loop(folder: Path, accelerator: Accelerator, shards: Sharding | None = None) -> Loop:
+def toy_loop(folder: Path, kind: str, accelerator: Accelerator, shards: Sharding | None = None) -> Loop:
     cut = Cut(BATCH, MICRO, accelerator.process_index, accelerator.num_processes)
     paths = StagePaths(folder / "c", folder / "s", folder / "m.jsonl", folder / "tb")
     task = Toy(accelerator.process_index)  # processes that do not even begin alike: the first one's weights count
-    return Loop(task, Loader(fetch, 20, 0, "toy", cut, STEPS), SETTINGS, accelerator, paths, shards)
+    settings = replace(SETTINGS, optimizer=kind)
+    return Loop(task, Loader(fetch, 20, 0, "toy", cut, STEPS), settings, accelerator, paths, shards)
 
 
 def parts(loop: Loop) -> dict[str, list[int]]:
     """What of the network is cut: name -> elements here, elements in all. A whole tensor has -1 here."""
     net, optimizer = loop.plain["net"], loop.optimizers["net"].optimizer
     found: dict[str, Any] = {f"weight/{name}": p for name, p in net.named_parameters()}
-    found |= {f"gradient/{name}": p.grad for name, p in net.named_parameters()}
+    found |= {f"gradient/{name}": p.grad for name, p in net.named_parameters() if p.grad is not None}
     found |= {f"average/{name}": p for name, p in loop.ema["net"].averaged.named_parameters()}
     for name, p in net.named_parameters():
         found |= {f"{key}/{name}": value for key, value in optimizer.state[p].items() if key != "step"}
@@ -117,16 +120,16 @@ def parts(loop: Loop) -> dict[str, list[int]]:
     }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, kind: str) -> None:
     world = make_world("fp32", processes=2, device="cpu")
     accelerator, rank = world.accelerator, world.accelerator.process_index
 
-    loop = toy_loop(folder / "two", accelerator, world.sharding)
+    loop = toy_loop(folder / "two", kind, accelerator, world.sharding)
     loop.run()
     grouped = [name for name, module in loop.plain["net"].named_modules() if isinstance(module, FSDPModule)]
     (folder / f"parts-{rank}.json").write_text(json.dumps({"parts": parts(loop), "groups": grouped}))
 
-    loop = toy_loop(folder / "begun", accelerator, world.sharding)
+    loop = toy_loop(folder / "begun", kind, accelerator, world.sharding)
     step = loop._restore()
     snapshot = loop.state.snapshot(step)
     if rank == 0:
@@ -134,8 +137,8 @@ def main(folder: Path) -> None:
         shutil.copytree(folder / "two" / "c" / "00000003", folder / "again" / "c" / "00000003")
     accelerator.wait_for_everyone()
     for name in ("begun", "again"):
-        toy_loop(folder / name, accelerator, world.sharding).run()
+        toy_loop(folder / name, kind, accelerator, world.sharding).run()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
