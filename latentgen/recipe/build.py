@@ -69,6 +69,8 @@ def check(recipe: Recipe, processes: int) -> None:
     find_sampler(recipe.preview.sampler)
     for section in ("autoencoder", "text_encoder", "unet"):
         _warn_of_ignored(section, getattr(recipe, section))
+    if recipe.text_encoder.contrasts and recipe.text_encoder.source is None and recipe.data.source != "shapes":
+        logger.warning("text_encoder.contrasts is ignored: no captions are known to be false of a picture in a folder")
     if recipe.data.validation is not None and not Path(recipe.data.validation).is_dir():
         raise UserError(f"{recipe.data.validation}: no such folder; check data.validation")
 

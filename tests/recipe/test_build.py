@@ -105,3 +105,13 @@ def test_cut_of_a_stage(tiny_recipe: Recipe) -> None:
     recipe = with_(tiny_recipe, train={"micro_batch": 2})
     assert build.cut(recipe, "unet", 1, 2).rows() == [range(4, 6), range(6, 8)]
     assert build.cut(recipe, "clip", 1, 2).rows() == [range(4, 8)]
+
+
+def test_false_captions_of_a_folder_are_ignored_aloud(
+    tiny_recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build.check(with_(tiny_recipe, text_encoder={"contrasts": 2}), processes=1)
+    assert "contrasts" not in caplog.text
+    folder = {"source": "folder", "path": str(tmp_path)}
+    build.check(with_(tiny_recipe, data=folder, text_encoder={"contrasts": 2}), processes=1)
+    assert "text_encoder.contrasts is ignored" in caplog.text
