@@ -161,8 +161,9 @@ class ClipForTraining(nn.Module):
         resnet = shape.vision == "resnet"
         # A ResNet's third stage is 16 times smaller than the picture: as fine as the patches of a ViT-B/16.
         self._places = "layer3" if resnet else "transformer"
-        width = shape.vision_width * (16 if resnet else 1)
-        self.late = LateInteraction(width, shape.text_width, shape.embed_dim) if late else None
+        width, cell = shape.vision_width * (16 if resnet else 1), 16 if resnet else shape.patch_size
+        places = (shape.image_size // cell) ** 2
+        self.late = LateInteraction(places, width, shape.text_width, shape.embed_dim) if late else None
 
     def forward(self, image: Tensor, tokens: Tensor) -> ClipFeatures:
         """Features of pictures [b, 3, image_size, image_size] in [-1, 1] and of token ids [n, context_length].

@@ -17,17 +17,24 @@ from latentgen.models.gathering import gather_rows, rank_and_world
 
 
 class LateInteraction(nn.Module):
-    """Projects places and words to a shared space of `embed_dim`; used in training only, no part of the towers."""
+    """Projects places and words to a shared space of `embed_dim`; used in training only, no part of the towers.
 
-    def __init__(self, place_width: int, word_width: int, embed_dim: int) -> None:
+    A place also says where it is: "square" in "a circle above a square" can so come to mean a square that is low,
+    and it is the best match, content and place together, that counts. The towers' pooled vectors alone learn that two
+    things lie one above the other, but not which is the upper one.
+    """
+
+    def __init__(self, places: int, place_width: int, word_width: int, embed_dim: int) -> None:
         super().__init__()
         self.places = nn.Linear(place_width, embed_dim, bias=False)
+        self.where = nn.Parameter(embed_dim**-0.5 * torch.randn(places, embed_dim))
         self.words = nn.Linear(word_width, embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # where CLIP's begins
 
     def forward(self, places: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """Places [b, p, place_width] and words [n, t, word_width] as vectors of length 1."""
-        return functional.normalize(self.places(places), dim=-1), functional.normalize(self.words(words), dim=-1)
+        found = self.places(places) + self.where
+        return functional.normalize(found, dim=-1), functional.normalize(self.words(words), dim=-1)
 
 
 def spoken(tokens: Tensor, eos_token_id: int) -> Tensor:

@@ -78,7 +78,7 @@ class Whole(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.late = LateInteraction(7, 9, D)
+        self.late = LateInteraction(P, 7, 9, D)
 
     def forward(self, rows: slice) -> Tensor:
         generator = torch.Generator().manual_seed(1)
@@ -114,19 +114,37 @@ def test_two_processes_give_the_loss_and_the_gradients_of_one(tmp_path: Path) ->
             torch.testing.assert_close(part[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_it_learns_which_word_belongs_where() -> None:
-    """Pictures of two things in two places, captions that name them in either order."""
-    torch.manual_seed(0)
-    late, things = LateInteraction(8, 8, 8), torch.randn(6, 8)
+def learned(late: LateInteraction, things: Tensor, names: Tensor, whereabouts: Tensor) -> None:
+    """Train on pictures of two things in two places; their captions name both, in either order, and say where."""
     optimizer = torch.optim.AdamW(late.parameters(), lr=1e-2)
-    mask, names = torch.ones(16, 2), torch.randn(6, 8)
-    for _ in range(150):
-        which = torch.stack([torch.randperm(6)[:2] for _ in range(16)])
-        places, words = late(things[which], names[which.flip(1)])
-        loss = late_loss(places, words, mask, late.logit_scale.exp())
+    for _ in range(200):
+        which = torch.stack([torch.randperm(len(things))[:2] for _ in range(16)])
+        said = names[which]
+        true, false = (said + whereabouts).flip(1), (said + whereabouts.flip(0)).flip(1)
+        places, words = late(things[which], torch.cat([true, false]))
+        loss = late_loss(places, words, torch.ones(32, 2), late.logit_scale.exp(), 1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+def test_it_learns_what_a_word_means_and_where_it_is() -> None:
+    torch.manual_seed(0)
+    late, things, names, whereabouts = (
+        LateInteraction(2, 8, 8, 8),
+        torch.randn(6, 8),
+        torch.randn(6, 8),
+        0.5 * unit(2, 8),
+    )
+    learned(late, things, names, whereabouts)
+    both = torch.ones(6, 2)
     with torch.no_grad():
-        places, words = late(things[None], names[None])
-    assert (words[0] @ places[0].T).argmax(dim=1).tolist() == list(range(6))
+        # Each picture shows one thing in both places; each caption names one thing twice.
+        places, words = late(things[:, None].expand(6, 2, 8), names[:, None] + whereabouts)
+        assert late_similarity(places, words, both).argmax(dim=1).tolist() == list(range(6))
+        pairs = torch.tensor([(i, j) for i in range(6) for j in range(6) if i != j])
+        right = late(things[pairs], names[pairs] + whereabouts)
+        wrong = late(things[pairs], names[pairs] + whereabouts.flip(0))
+        mask = torch.ones(len(pairs), 1, 2)
+        better = late_similarity(right[0], right[1][:, None], mask) > late_similarity(wrong[0], wrong[1][:, None], mask)
+    assert float(better.float().mean()) > 0.9, "which of the two is where"
