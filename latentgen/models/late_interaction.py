@@ -33,7 +33,8 @@ class LateInteraction(nn.Module):
 
     def forward(self, places: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """Places [b, p, place_width] and words [n, t, word_width] as vectors of length 1."""
-        found = self.places(places) + self.where
+        # Each of length 1: what is there, which is learned first, would otherwise leave no room for where it is.
+        found = functional.normalize(self.places(places), dim=-1) + functional.normalize(self.where, dim=-1)
         return functional.normalize(found, dim=-1), functional.normalize(self.words(words), dim=-1)
 
 
