@@ -13,6 +13,7 @@ The network is a fixed function, so every difference is the sampler's. Known dif
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ from diffusers import (
 
 from latentgen.diffusion.parameterization import Eps, Flow, NoiseTable, Parameterization, V, denoiser
 from latentgen.diffusion.samplers import ddim, dpmpp_2m, euler, heun
-from latentgen.diffusion.schedules import SCHEDULES, initial_state
+from latentgen.diffusion.schedules import SCHEDULES
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PREDICTION = {"epsilon": Eps(), "v_prediction": V()}
@@ -47,6 +48,11 @@ def network(x_in: torch.Tensor, c_noise: torch.Tensor) -> torch.Tensor:
 
 def start_noise() -> torch.Tensor:
     return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def initial_state(noise: torch.Tensor, sigma: float) -> torch.Tensor:
+    """In our coordinates what DDIM, DPM-Solver and flow matching begin with, which hold x / sqrt(1 + sigma^2)."""
+    return noise * math.sqrt(1 + sigma**2)
 
 
 def theirs(
