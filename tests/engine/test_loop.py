@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
@@ -94,7 +93,7 @@ class Dying:
             if step == self.at:
                 if not self.ask:
                     raise Kill
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             yield step, parts
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,7 +101,7 @@ def test_the_first_signal_asks_and_is_undone_on_leaving(number: signal.Signals) 
     before = signal.getsignal(number)
     with StopRequest() as stop:
         assert not stop.asked
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert stop.asked
     assert signal.getsignal(number) is before
 
@@ -112,12 +111,12 @@ def test_a_second_signal_acts_at_once_unless_it_is_an_echo(monkeypatch: pytest.M
     monkeypatch.setattr(stop_module, "time", SimpleNamespace(monotonic=lambda: now))
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:  # noqa: PT012
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stop.asked
         now += stop_module.ECHO / 2
-        os.kill(os.getpid(), signal.SIGINT)  # the launcher passes on what the terminal sent already
+        signal.raise_signal(signal.SIGINT)  # the launcher passes on what the terminal sent already
         now += stop_module.ECHO
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         pytest.fail("the second request was not obeyed")
     assert now == 100 + 1.5 * stop_module.ECHO
     assert signal.getsignal(signal.SIGINT) is before

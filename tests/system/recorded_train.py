@@ -25,7 +25,7 @@ def step(self: Loop, *arguments: object) -> None:
     global steps
     steps += 1
     if os.environ.get("STOP") == f"{os.environ['RANK']} {steps}":
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     plain_step(self, *arguments)  # type: ignore[arg-type]
 
 
