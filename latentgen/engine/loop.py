@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from latentgen.core.errors import Interrupted
 from latentgen.core.log import progress
-from latentgen.core.rand import Draw, seed_of
+from latentgen.core.rand import seed_of
 from latentgen.engine import optim, sharding
 from latentgen.engine.checkpoint import load_newest, save_checkpoint
 from latentgen.engine.ema import Ema
@@ -29,20 +29,10 @@ from latentgen.engine.settings import LoopSettings, StagePaths
 from latentgen.engine.sharding import Sharding
 from latentgen.engine.state import State
 from latentgen.engine.stop import StopRequest
-from latentgen.engine.task import Phase, Task
+from latentgen.engine.task import MicroBatches, Phase, StepData, Task
 from latentgen.engine.trackers import Trackers
 
 logger = logging.getLogger(__name__)
-
-MicroBatches = list[tuple[Draw, Any]]
-
-
-class StepData(Protocol):
-    """Where batches come from: (step, micro-batches) from any step on."""
-
-    def iterate(self, start: int) -> Iterator[tuple[int, MicroBatches]]:
-        """Yield from step `start` to the last."""
-        ...
 
 
 class Loop:
@@ -120,7 +110,10 @@ class Loop:
                 if logging_now:
                     values = self.meter.read(self.accelerator)
                     now = time.perf_counter()
-                    speed = {"steps_per_second": (count - done) / (now - since), "learning_rate": self._rate(step)}
+                    speed = {
+                        "steps_per_second": (count - done) / (now - since),
+                        "learning_rate": self.settings.rate(step),
+                    }
                     trackers.log(count, "train", {**values, **speed})
                     bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
                     since, done = now, count
@@ -163,19 +156,8 @@ class Loop:
             norm = torch.where(norm.isfinite(), norm, torch.zeros_like(norm))
         self.meter.add(f"{prefix}grad_norm", norm)
         for group in optimizer.param_groups:
-            group["lr"] = self._rate(step)
+            group["lr"] = self.settings.rate(step)
         optimizer.step()
-
-    def _rate(self, step: int) -> float:
-        s = self.settings
-        return optim.learning_rate(
-            step,
-            peak=s.learning_rate,
-            schedule=s.schedule,
-            warmup=s.warmup_steps,
-            steps=s.steps,
-            final=s.final_learning_rate,
-        )
 
     def _agree(self, asked: bool, waiting: bool) -> bool:
         """Every process stops at the same step when one is asked to; several confer only where they wait anyway."""

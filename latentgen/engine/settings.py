@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from latentgen.engine.optim import learning_rate
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -25,6 +27,17 @@ class LoopSettings:
     save_every: int
     keep_last: int
     preview_every: int
+
+    def rate(self, step: int) -> float:
+        """The learning rate of optimizer step `step` (from 0)."""
+        return learning_rate(
+            step,
+            peak=self.learning_rate,
+            schedule=self.schedule,
+            warmup=self.warmup_steps,
+            steps=self.steps,
+            final=self.final_learning_rate,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""What the loop knows of a task: modules, phases, losses. Nothing of pictures or captions."""
+"""What the loop knows of a task and its data: modules, phases, losses, batches. Nothing of pictures or captions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +10,16 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from latentgen.core.rand import Draw
+
+MicroBatches = list[tuple[Draw, Any]]
+
+
+class StepData(Protocol):
+    """Where batches come from: (step, micro-batches) from any step on."""
+
+    def iterate(self, start: int) -> Iterator[tuple[int, MicroBatches]]:
+        """Yield from step `start` to the last."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from latentgen.core.errors import UserError
 from latentgen.core.files import write_json
 from latentgen.models.batch_norm import replace_batch_norm
 from latentgen.models.gathering import gather_rows
-from latentgen.models.late_interaction import LateInteraction, spoken
+from latentgen.models.late_interaction import LateFeatures, LateInteraction, spoken
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MAX_LOGIT_SCALE = 100.0  # arXiv 2103.00020 section 2.5
@@ -63,6 +63,14 @@ class ClipShape:
     vocab_size: int
     eos_token_id: int
     embed_dim: int
+
+    @property
+    def places(self) -> int:
+        """Places of a picture that words are compared with: patches, or the cells of a ResNet's third stage.
+
+        That stage is 16 times smaller than the picture: as fine as the patches of a ViT-B/16.
+        """
+        return (self.image_size // (16 if self.vision == "resnet" else self.patch_size)) ** 2
 
 
 class Clip(CLIP):
@@ -134,17 +142,13 @@ def build_clip(shape: ClipShape) -> Clip:
 class ClipFeatures(NamedTuple):
     """`image` [b, embed_dim] and `text` [n, embed_dim] of length 1, and scalar `logit_scale` (not its logarithm).
 
-    With late interaction also `places` [b, p, embed_dim] and `words` [n, t, embed_dim] of length 1, `spoken` [n, t],
-    1 for the words that count, and its own scalar `late_scale`.
+    `late` is None without late interaction.
     """
 
     image: Tensor
     text: Tensor
     logit_scale: Tensor
-    places: Tensor | None = None
-    words: Tensor | None = None
-    spoken: Tensor | None = None
-    late_scale: Tensor | None = None
+    late: LateFeatures | None = None
 
 
 class ClipForTraining(nn.Module):
@@ -159,11 +163,9 @@ class ClipForTraining(nn.Module):
         super().__init__()
         self.clip, shape = clip, clip.shape
         resnet = shape.vision == "resnet"
-        # A ResNet's third stage is 16 times smaller than the picture: as fine as the patches of a ViT-B/16.
         self._places = "layer3" if resnet else "transformer"
-        width, cell = shape.vision_width * (16 if resnet else 1), 16 if resnet else shape.patch_size
-        places = (shape.image_size // cell) ** 2
-        self.late = LateInteraction(places, width, shape.text_width, shape.embed_dim) if late else None
+        width = shape.vision_width * (16 if resnet else 1)
+        self.late = LateInteraction(shape.places, width, shape.text_width, shape.embed_dim) if late else None
 
     def forward(self, image: Tensor, tokens: Tensor) -> ClipFeatures:
         """Features of pictures [b, 3, image_size, image_size] in [-1, 1] and of token ids [n, context_length].
@@ -192,7 +194,7 @@ class ClipForTraining(nn.Module):
         places = places.flatten(2).transpose(1, 2) if places.ndim == 4 else places[:, 1:]
         places, words = late(places, seen["words"])
         mask = spoken(tokens, clip.shape.eos_token_id)
-        return features._replace(places=places, words=words, spoken=mask, late_scale=late.logit_scale.exp())
+        return features._replace(late=LateFeatures(places, words, mask, late.logit_scale.exp()))
 
 
 @contextmanager

@@ -8,12 +8,22 @@ circle above a blue square" has to come to mean the red circle, and not the squa
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from latentgen.models.gathering import gather_rows, rank_and_world
+
+
+class LateFeatures(NamedTuple):
+    """`places` [b, p, d], `words` [n, t, d], of length 1; `spoken` [n, t], 1 for words that count; scalar `scale`."""
+
+    places: Tensor
+    words: Tensor
+    spoken: Tensor
+    scale: Tensor
 
 
 class LateInteraction(nn.Module):

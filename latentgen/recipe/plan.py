@@ -88,8 +88,8 @@ def _training_flops(module: nn.Module, *inputs: Tensor, **named: Tensor) -> floa
 
     def run() -> None:
         out = module(*inputs, **named)
-        parts = out if isinstance(out, tuple) else (out.sample,)
-        sum((part.float().sum() for part in parts if part is not None), torch.zeros((), device="meta")).backward()
+        parts = _tensors(out if isinstance(out, tuple) else out.sample)
+        sum((part.float().sum() for part in parts), torch.zeros((), device="meta")).backward()
 
     return flops_of(run) / PROBE
 
@@ -138,11 +138,17 @@ def _on_meta(network: nn.Module) -> Any:
     return network.to("meta")
 
 
-def _late_flops(recipe: Recipe) -> float:
+def _tensors(out: Any) -> list[Tensor]:
+    """All that a network gives, out of tuples in tuples; what it leaves out is None."""
+    if isinstance(out, tuple):
+        return [tensor for part in out for tensor in _tensors(part)]
+    return [] if out is None else [out]
+
+
+def _late_flops(recipe: Recipe, places_of_each: int) -> float:
     """FLOPs of comparing every word with every place of every picture of a batch, which grows with its square."""
     t, batch = recipe.text_encoder, recipe.stage_train("clip").global_batch
-    side = recipe.data.resolution // (16 if t.image.kind == "resnet" else t.image.patch)
-    places = torch.empty(batch, side**2, t.embed_dim, requires_grad=True)
+    places = torch.empty(batch, places_of_each, t.embed_dim, requires_grad=True)
     words = torch.empty(batch * (1 + t.contrasts), t.context_length, t.embed_dim, requires_grad=True)
     mask, scale = torch.empty(words.shape[:2]), torch.empty(())
     return flops_of(lambda: late_loss(places, words, mask, scale, t.contrasts).backward())
@@ -197,7 +203,7 @@ def _text(recipe: Recipe, image: Tensor, stages: list[StagePlan]) -> tuple[int, 
     tokens = torch.zeros(PROBE, t.context_length, dtype=torch.long)
     shown = tokens.repeat(1 + t.contrasts, 1)
     flops = _training_flops(ClipForTraining(clip, late=t.late > 0), image, shown)
-    stages.append(_stage(recipe, "clip", clip, flops, _late_flops(recipe) if t.late else 0.0))
+    stages.append(_stage(recipe, "clip", clip, flops, _late_flops(recipe, clip.shape.places) if t.late else 0.0))
     return t.width, t.context_length, flops_of(lambda: clip.encode_text(tokens)) / PROBE
 
 

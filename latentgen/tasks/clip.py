@@ -50,12 +50,9 @@ class ClipTask:
         contrast = found.text[count:].unflatten(0, (count, -1)) if false else None
         loss = contrastive_loss(image, text, scale, contrast)
         accuracy = ((scale * image @ text.T).argmax(dim=1) == torch.arange(count, device=image.device)).float()
-        if found.places is None:
+        if found.late is None:
             return {"loss": loss, "accuracy": accuracy.mean()}
-        assert found.words is not None
-        assert found.spoken is not None
-        assert found.late_scale is not None
-        late = late_loss(found.places, found.words, found.spoken, found.late_scale, len(false) // count)
+        late = late_loss(*found.late, len(false) // count)
         return {"loss": loss + self.late * late, "accuracy": accuracy.mean(), "late": late}
 
     def _features(self, clip: nn.Module, image: Tensor, captions: list[str]) -> ClipFeatures:

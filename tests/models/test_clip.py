@@ -132,15 +132,14 @@ def test_late_interaction_sees_places_and_words(vision: str) -> None:
     found, plain = model(image, ids), ClipForTraining(towers(vision))(image, ids)
     torch.testing.assert_close(found.image, plain.image)
     torch.testing.assert_close(found.text, plain.text)
-    assert plain.places is None
-    side = model.clip.shape.image_size // (16 if vision == "resnet" else model.clip.shape.patch_size)
-    assert found.places.shape == (len(image), side**2, model.clip.shape.embed_dim)
-    assert found.words.shape == (*ids.shape, model.clip.shape.embed_dim)
-    torch.testing.assert_close(found.words.norm(dim=-1), torch.ones(ids.shape))
+    assert plain.late is None
+    assert found.late.places.shape == (len(image), model.clip.shape.places, model.clip.shape.embed_dim)
+    assert found.late.words.shape == (*ids.shape, model.clip.shape.embed_dim)
+    torch.testing.assert_close(found.late.words.norm(dim=-1), torch.ones(ids.shape))
     assert not model.clip.ln_final._forward_hooks, "nothing is left watching"
     again = copy.deepcopy(model.eval())
     with torch.no_grad():
-        torch.testing.assert_close(again(image, ids).places, model(image, ids).places)
+        torch.testing.assert_close(again(image, ids).late.places, model(image, ids).late.places)
 
 
 @every_tower

@@ -34,6 +34,6 @@ class Source(Protocol):
     def contrasts(self, index: int, caption: str) -> tuple[tuple[str, ...], ...]:
         """Captions that are false of the example and differ from its `caption` in one respect, a tuple each respect.
 
-        Empty where the source cannot know what is false, as with most pictures of the world outside.
+        A source knows some for all its captions or, as with most pictures of the world outside, for none.
         """
         ...
