@@ -58,6 +58,7 @@ class Loop:
                 sharding.shard(self.plain[name], shards, accelerator.device)
                 ema.follow_sharded(self.plain[name])
         self.optimizers: dict[str, Any] = {}
+        fast_bf16 = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda"
         for phase in task.phases():
             optimizer = optim.build_optimizer(
                 [self.plain[name] for name in phase.trains],
@@ -65,7 +66,7 @@ class Loop:
                 lr=settings.learning_rate,
                 betas=(settings.beta1, settings.beta2),
                 weight_decay=settings.weight_decay,
-                dtype=torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32,
+                dtype=torch.bfloat16 if fast_bf16 else torch.float32,
             )
             self.optimizers[phase.name] = accelerator.prepare(optimizer)
         for name, module in self.plain.items():

@@ -30,11 +30,36 @@ def orthogonalised(matrix: Tensor, dtype: torch.dtype, rounds: int = 5) -> Tenso
     tall = x.shape[0] > x.shape[1]
     x = x.mT if tall else x
     x = x / (x.norm() + 1e-7)
+    # Squaring a matrix halves the digits of its small directions, which bfloat16 cannot spare.
+    wide = x.shape[1] >= 2 * x.shape[0] and dtype == torch.float32
+    x = _through_gram(x, rounds) if wide else _directly(x, rounds)
+    return (x.mT if tall else x).to(matrix.dtype)
+
+
+def _directly(x: Tensor, rounds: int) -> Tensor:
     a, b, c = QUINTIC
     for _ in range(rounds):
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(matrix.dtype)
+    return x
+
+
+def _through_gram(x: Tensor, rounds: int) -> Tensor:
+    """The same with two products of x instead of ten: its rounds are polynomials of x x^T, which is small."""
+    a, b, c = QUINTIC
+
+    def polynomial(gram: Tensor) -> Tensor:
+        p = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal().add_(a)
+        return p
+
+    gram = x @ x.mT
+    p = turn = polynomial(gram)
+    for _ in range(rounds - 1):
+        gram = p @ gram @ p
+        p = polynomial(gram)
+        turn = p @ turn
+    return turn @ x
 
 
 def matrices_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -58,8 +83,8 @@ class Muon(torch.optim.AdamW):
         groups: AdamW's parameter groups.
         momentum: of Nesterov's kind, over gradients.
         weight_decay: of the matrices.
-        dtype: to turn matrices in. bfloat16 is as good to learn with; what float32 gives also does not depend on
-            how a batch is cut.
+        dtype: to turn matrices in. bfloat16 is as good to learn with, and what GPUs multiply fast; what float32 gives
+            also does not depend on how a batch is cut.
     """
 
     def __init__(

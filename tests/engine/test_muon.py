@@ -54,8 +54,19 @@ def test_singular_values_come_out_near_one_and_directions_stay(shape: tuple[int,
     assert float(cosine) > 0.97
 
 
+@pytest.mark.parametrize("shape", [(16, 32), (24, 144), (144, 24), (128, 1152)])
+def test_the_short_way_round_by_the_gram_matrix_gives_the_same(shape: tuple[int, int]) -> None:
+    """Also of a matrix as gradients are: most of it in a few directions."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape) * torch.logspace(0, -4, shape[1])
+    exact = orthogonalised(matrix.double(), torch.float64)
+    error = (orthogonalised(matrix, torch.float32) - exact).norm() / exact.norm()
+    assert float(error) < 1e-3 < float((orthogonalised(matrix, torch.bfloat16) - exact).norm() / exact.norm())
+
+
 def test_zero_stays_zero() -> None:
-    assert torch.equal(orthogonalised(torch.zeros(16, 20), torch.float32), torch.zeros(16, 20))
+    for shape in ((16, 20), (16, 64)):
+        assert torch.equal(orthogonalised(torch.zeros(shape), torch.float32), torch.zeros(shape))
 
 
 def test_matrices_are_large_layers_weights() -> None:
