@@ -250,7 +250,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
             tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
             prediction=prediction,
             schedule=schedule,
-            metadata=_metadata(folder),
+            metadata=load_metadata(folder),
         )
     _require_fit(model, folder)
     return model
@@ -271,7 +271,8 @@ def _load(kind: Any, folder: Path, variant: str | None, **dtype: torch.dtype) ->
     return network.eval()
 
 
-def _metadata(folder: Path) -> dict[str, Any]:
+def load_metadata(folder: Path) -> dict[str, Any]:
+    """What latentgen wrote beside a model: its recipe, data and compute; empty where another tool made the folder."""
     if not (folder / METADATA).is_file():
         return {}
     content = read_json(folder / METADATA).get("metadata", {})

@@ -22,7 +22,7 @@ from latentgen.diffusion.losses import WEIGHTS
 from latentgen.diffusion.noise_levels import DENSITIES
 from latentgen.diffusion.samplers import find_sampler
 from latentgen.engine.settings import LoopSettings
-from latentgen.formats.model_folder import Model, load_model
+from latentgen.formats.model_folder import Model, load_metadata, load_model
 from latentgen.models.autoencoder import build_autoencoder, initialise
 from latentgen.models.clip import Clip, ClipShape, build_clip
 from latentgen.models.unet import build_unet
@@ -222,7 +222,19 @@ def objective(recipe: Recipe, model: Model) -> Objective:
     weight: Callable = lookup(WEIGHTS, d.weight, "weight")
     if d.weight == "min_snr":
         weight = partial(weight, gamma=d.min_snr_gamma)
-    return Objective(model.parameterization(), density, weight, recipe.autoencoder.posterior, d.balanced)
+    return Objective(model.parameterization(), density, weight, posterior(recipe), d.balanced)
+
+
+def posterior(recipe: Recipe) -> str:
+    """What diffusion learns of the autoencoder's posterior: "sample" or "mean".
+
+    An autoencoder trained under a heavy KL term has draws that are mostly noise: a U-Net taught its means must not be
+    taught its draws after that because a line is missing.
+    """
+    own, source = recipe.autoencoder.posterior, recipe.autoencoder.source
+    if own is None and source is not None:
+        own = load_metadata(Path(source)).get("recipe", {}).get("autoencoder", {}).get("posterior")
+    return own or "sample"
 
 
 def previews(recipe: Recipe) -> list[Request]:

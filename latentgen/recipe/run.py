@@ -122,6 +122,7 @@ class Run:
 
     def _metadata(self, flops: float) -> dict[str, Any]:
         recipe = self.recipe.model_dump(mode="json", by_alias=True)
+        recipe["autoencoder"]["posterior"] = build.posterior(self.recipe)
         measured = self.folder.result("vae") / "latent_statistics.json"
         statistics = json.loads(measured.read_text()) if measured.is_file() else None
         return {"recipe": recipe, "flops": flops, "latent_statistics": statistics, **self.inputs}

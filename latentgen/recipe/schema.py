@@ -68,8 +68,10 @@ class Autoencoder(Section):
     layers_per_block: int = Field(default=1, ge=0)
     norm_groups: int = Field(default=4, ge=1)
     mid_attention: bool = False
-    posterior: Literal["sample", "mean"] = Field(
-        default="sample", description="what diffusion learns: draws from the encoder's posterior, or its mean"
+    posterior: Literal["sample", "mean"] | None = Field(
+        default=None,
+        description="what diffusion learns: draws from the encoder's posterior, or its mean "
+        "(null: what the model of autoencoder.from learned, else sample)",
     )
     initialise: Literal["default", "residual", "patch"] = "patch"
     patch: int | None = Field(

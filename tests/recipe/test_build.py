@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,6 +68,26 @@ def test_objective_passes_its_knobs(tiny_recipe: Recipe, tiny: Model) -> None:
     torch.testing.assert_close(sigma, expected, rtol=1e-3, atol=0)
     low = torch.tensor([0.1])  # SNR 100
     torch.testing.assert_close(objective.weight(low, p), p.scalings(low).c_out ** 2 * 0.5)
+
+
+def test_what_is_learned_of_the_posterior_comes_with_the_autoencoder(
+    tiny_recipe: Recipe, tiny: Model, tmp_path: Path
+) -> None:
+    plain = with_(tiny_recipe, autoencoder={"posterior": None})
+    assert build.posterior(plain) == "sample"
+    learned = {"recipe": {"autoencoder": {"posterior": "mean"}}}
+    save_model(dataclasses.replace(tiny, metadata=learned), tmp_path / "ours")
+    save_model(tiny, tmp_path / "foreign")
+    (tmp_path / "foreign" / "latentgen.json").unlink()
+    for folder, own, expected in (
+        ("ours", None, "mean"),
+        ("ours", "sample", "sample"),
+        ("foreign", None, "sample"),
+        ("foreign", "mean", "mean"),
+    ):
+        recipe = with_(tiny_recipe, autoencoder={"source": str(tmp_path / folder), "posterior": own})
+        assert build.posterior(recipe) == expected
+        assert build.objective(recipe, tiny).posterior == expected
 
 
 def test_new_model_predicts_what_is_asked(tiny_recipe: Recipe, tiny: Model) -> None:
