@@ -1,21 +1,26 @@
 """Muon: steps of the same size in every direction of a weight matrix (Jordan 2024; arXiv 2502.16982).
 
 The gradient of a matrix is mostly a few directions. Muon takes its momentum and sets all singular values to about one,
-so that rare directions (here: the word that tells a star from a heart) learn as fast as common ones.
+so that rare directions (here: the word that tells a star from a heart) learn as fast as common ones. That is most of an
+optimizer's time, so the processes share it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from latentgen.core.processes import rank_and_world
 from latentgen.engine.sharding import cut, whole
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """x -> a x + b x^3 + c x^5: five rounds take singular values from (0, 1] to about [0.7, 1.2] (Jordan 2024)."""
+
+AT_ONCE = 2**22
+"""Numbers of the whole matrices that each process holds beside its own while they are turned, four bytes each."""
 
 SMALLEST = 16
 """Matrices with fewer rows or columns go to AdamW: they have few directions to tell apart."""
@@ -105,25 +110,64 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step. The matrices' gradients are consumed (None afterwards), which is how AdamW leaves them alone."""
+        """One step. The matrices' gradients are consumed (None afterwards), which is how AdamW leaves them alone.
+
+        All processes must take it together: each turns its share of the matrices.
+        """
         assert closure is None, "the loop computes gradients before the step"
         for group in self.param_groups:
-            if group["momentum"] is None:
-                continue
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._turn(parameter, parameter.grad, group)
-                    parameter.grad = None
+            if group["momentum"] is not None:
+                for some in rounds([p for p in group["params"] if p.grad is not None]):
+                    self._turn(some, group)
         return super().step()
 
-    def _turn(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
+    def _turn(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        matrices = [self._direction(parameter, group["momentum"]).flatten(1) for parameter in parameters]
+        turned = shared(lambda matrix: orthogonalised(matrix, self.dtype), matrices)
+        for parameter, matrix in zip(parameters, turned, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            step = cut(matrix.view(parameter.shape), parameter)
+            parameter.add_(step, alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
+
+    def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        """Take the gradient into the momentum; return Nesterov's look ahead, whole, also where the parameter is cut."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        parameter.grad = None
         if not state:
             state["momentum"] = torch.zeros_like(gradient)
             state["step"] = torch.zeros(())  # not counted here; AdamW looks for it in every state it loads
-        momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        direction = whole(gradient.lerp(momentum, group["momentum"]))
-        matrix = direction.flatten(1)
-        step = orthogonalised(matrix, self.dtype).view(direction.shape)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(cut(step, parameter), alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
+        mean = state["momentum"].lerp_(gradient, 1 - momentum)
+        return whole(gradient.lerp(mean, momentum))
+
+
+def rounds(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The parameters, large before small, in parts that take about `AT_ONCE` numbers of each process."""
+    _, world = rank_and_world()
+    some: list[nn.Parameter] = []
+    for parameter in sorted(parameters, key=lambda p: -p.numel()):
+        some.append(parameter)
+        if len(some) % world == 0 and sum(p.numel() for p in some) >= world * AT_ONCE:
+            yield some
+            some = []
+    if some:
+        yield some
+
+
+def shared(compute: Callable[[Tensor], Tensor], matrices: list[Tensor]) -> list[Tensor]:
+    """`compute` of each matrix, its result of the same size; each process computes its share and gets all results."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return [compute(matrix) for matrix in matrices]
+    shares = [matrices[number::world] for number in range(world)]
+    totals = [sum(matrix.numel() for matrix in share) for share in shares]
+    sent = matrices[0].new_zeros(max(totals))
+    if shares[rank]:
+        sent[: totals[rank]] = torch.cat([compute(matrix).flatten() for matrix in shares[rank]])
+    received = [torch.empty_like(sent) for _ in range(world)]
+    distributed.all_gather(received, sent)
+    results: list[Tensor] = [sent] * len(matrices)
+    for number, (share, total, flat) in enumerate(zip(shares, totals, received, strict=True)):
+        parts = flat[:total].split([matrix.numel() for matrix in share])
+        results[number::world] = [part.view(matrix.shape) for part, matrix in zip(parts, share, strict=True)]
+    return results

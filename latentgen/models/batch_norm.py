@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from latentgen.core.processes import rank_and_world
+
 
 class GlobalBatchNorm(nn.Module):
     """torch.nn.BatchNorm2d (arXiv 1502.03167) whose mean and variance are those of the global batch.
@@ -45,8 +47,8 @@ class GlobalBatchNorm(nn.Module):
     def _of_batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance `[c]` over the rows of all processes."""
         count, moments = len(rows), torch.stack((rows.mean(0), rows.square().mean(0)))
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            world = distributed.get_world_size()
+        _, world = rank_and_world()
+        if world > 1:
             count, moments = count * world, _sum(moments) / world
         mean, var = moments[0], (moments[1] - moments[0].square()).clamp_min(0)
         with torch.no_grad():

@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from latentgen.core.errors import UserError
+from latentgen.core.processes import rank_and_world
 
 MAX_ADAPTIVE_WEIGHT = 1e4
 ADAPTIVE_DELTA = 1e-4
@@ -87,10 +88,11 @@ def adaptive_weight(reconstruction_loss: Tensor, generator_loss: Tensor, last_la
     """
     (reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (adversarial,) = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    _, world = rank_and_world()
+    if world > 1:
         both = torch.stack([reconstruction, adversarial])
         distributed.all_reduce(both)
-        reconstruction, adversarial = (both / distributed.get_world_size()).unbind()
+        reconstruction, adversarial = (both / world).unbind()
     weight = reconstruction.float().norm() / (adversarial.float().norm() + ADAPTIVE_DELTA)
     return weight.clamp(max=MAX_ADAPTIVE_WEIGHT).detach()
 

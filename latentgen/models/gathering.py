@@ -7,12 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's number, and how many there are: (0, 1) where nothing is distributed."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
+from latentgen.core.processes import rank_and_world
 
 
 def gather_rows(rows: Tensor) -> Tensor:

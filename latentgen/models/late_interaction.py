@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from latentgen.models.gathering import gather_rows, rank_and_world
+from latentgen.core.processes import rank_and_world
+from latentgen.models.gathering import gather_rows
 
 
 class LateFeatures(NamedTuple):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
+from latentgen.engine import muon
 from latentgen.engine.muon import SMALLEST, Muon, matrices_of, orthogonalised
 from latentgen.engine.optim import build_optimizer, flatten, unflatten
 
@@ -92,6 +95,44 @@ def test_matrices_step_by_the_formula_and_the_rest_as_adamw() -> None:
     torch.testing.assert_close(net.conv.weight.detach(), expected)
     for name in ("words.weight", "conv.bias", "linear.bias", "head.weight", "head.bias", "scale"):
         assert torch.equal(net.get_parameter(name), plain.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_processes_share_the_matrices_and_all_get_all(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    torch.manual_seed(0)
+    matrices = [torch.randn(3 + number, 4) for number in range(count)]
+    me, both, sent, computed = threading.local(), threading.Barrier(2), {}, []
+
+    def all_gather(received: list[torch.Tensor], own: torch.Tensor) -> None:
+        sent[me.rank] = own
+        both.wait()
+        for number, slot in enumerate(received):
+            slot.copy_(sent[number])
+        both.wait()
+
+    def double(matrix: torch.Tensor) -> torch.Tensor:
+        computed.append(len(matrix))
+        return 2 * matrix
+
+    def process(rank: int) -> list[torch.Tensor]:
+        me.rank = rank
+        return muon.shared(double, matrices)
+
+    monkeypatch.setattr(muon, "rank_and_world", lambda: (me.rank, 2))
+    monkeypatch.setattr(muon.distributed, "all_gather", all_gather)
+    with ThreadPoolExecutor(2) as pool:
+        for results in pool.map(process, range(2)):
+            assert [r.tolist() for r in results] == [(2 * m).tolist() for m in matrices]
+    assert sorted(computed) == [len(matrix) for matrix in matrices]
+
+
+def test_rounds_hold_every_matrix_once_and_not_too_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(muon, "AT_ONCE", 100)
+    parameters = [nn.Parameter(torch.zeros(size, 2)) for size in (3, 60, 5, 30, 60, 4, 200)]
+    rounds = list(muon.rounds(parameters))
+    assert {id(p) for some in rounds for p in some} == {id(p) for p in parameters}
+    assert [[len(p) for p in some] for some in rounds] == [[200, 60], [60, 30, 5, 4, 3]]
 
 
 def test_steps_have_the_size_of_adamws() -> None:
