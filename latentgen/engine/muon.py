@@ -117,7 +117,7 @@ class Muon(torch.optim.AdamW):
         assert closure is None, "the loop computes gradients before the step"
         for group in self.param_groups:
             if group["momentum"] is not None:
-                for some in rounds([p for p in group["params"] if p.grad is not None]):
+                for some in portions([p for p in group["params"] if p.grad is not None]):
                     self._turn(some, group)
         return super().step()
 
@@ -141,7 +141,7 @@ class Muon(torch.optim.AdamW):
         return whole(gradient.lerp(mean, momentum))
 
 
-def rounds(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def portions(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """The parameters, large before small, in parts that take about `AT_ONCE` numbers of each process."""
     _, world = rank_and_world()
     some: list[nn.Parameter] = []
@@ -155,7 +155,7 @@ def rounds(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 
 def shared(compute: Callable[[Tensor], Tensor], matrices: list[Tensor]) -> list[Tensor]:
-    """`compute` of each matrix, its result of the same size; each process computes its share and gets all results."""
+    """`compute` of each matrix [m, n], its result of the same size; each process does its share and gets all."""
     rank, world = rank_and_world()
     if world == 1:
         return [compute(matrix) for matrix in matrices]

@@ -87,11 +87,10 @@ def late_loss(places: Tensor, words: Tensor, mask: Tensor, scale: Tensor, false_
         A scalar in nats.
     """
     count = len(places)
-    rank, world = rank_and_world()
+    rank, _ = rank_and_world()
     right = torch.arange(rank * count, (rank + 1) * count, device=places.device)
-    true, heard = words[:count], mask[:count]
-    pictures = scale * late_similarity(places, gather_rows(true), gather_rows(heard))
-    captions = pictures.T if world == 1 else scale * late_similarity(gather_rows(places), true, heard).T
+    pictures = scale * late_similarity(places, gather_rows(words[:count]), gather_rows(mask[:count]))
+    captions = gather_rows(pictures)[:, right].T  # numbers, not places: nothing is compared twice
     if false_captions:
         parts = (count, false_captions)
         false = late_similarity(places, words[count:].unflatten(0, parts), mask[count:].unflatten(0, parts))

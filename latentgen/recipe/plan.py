@@ -17,7 +17,7 @@ from latentgen.engine.muon import matrices_of, orthogonalised
 from latentgen.formats.model_folder import Model, load_model
 from latentgen.models.autoencoder import AutoencoderForTraining, factor
 from latentgen.models.clip import ClipForTraining
-from latentgen.models.late_interaction import late_loss
+from latentgen.models.late_interaction import late_similarity
 from latentgen.models.unet import count_parameters
 from latentgen.recipe import build
 from latentgen.recipe.load import dump_recipe
@@ -149,9 +149,14 @@ def _late_flops(recipe: Recipe, places_of_each: int) -> float:
     """FLOPs of comparing every word with every place of every picture of a batch, which grows with its square."""
     t, batch = recipe.text_encoder, recipe.stage_train("clip").global_batch
     places = torch.empty(batch, places_of_each, t.embed_dim, requires_grad=True)
-    words = torch.empty(batch * (1 + t.contrasts), t.context_length, t.embed_dim, requires_grad=True)
-    mask, scale = torch.empty(words.shape[:2]), torch.empty(())
-    return flops_of(lambda: late_loss(places, words, mask, scale, t.contrasts).backward())
+    true = torch.empty(batch, t.context_length, t.embed_dim, requires_grad=True)
+    false = torch.empty(batch, t.contrasts, t.context_length, t.embed_dim, requires_grad=True)
+
+    def compare() -> None:  # what `late_loss` compares, in all processes together
+        for words in (true, false):
+            late_similarity(places, words, torch.empty(words.shape[:-1])).sum().backward()
+
+    return flops_of(compare)
 
 
 def _stage(recipe: Recipe, name: str, module: nn.Module, flops: float, shared: float = 0.0) -> StagePlan:

@@ -126,13 +126,13 @@ def test_processes_share_the_matrices_and_all_get_all(monkeypatch: pytest.Monkey
     assert sorted(computed) == [len(matrix) for matrix in matrices]
 
 
-def test_rounds_hold_every_matrix_once_and_not_too_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_portions_hold_every_matrix_once_and_not_too_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(muon, "rank_and_world", lambda: (0, 2))
     monkeypatch.setattr(muon, "AT_ONCE", 100)
     parameters = [nn.Parameter(torch.zeros(size, 2)) for size in (3, 60, 5, 30, 60, 4, 200)]
-    rounds = list(muon.rounds(parameters))
-    assert {id(p) for some in rounds for p in some} == {id(p) for p in parameters}
-    assert [[len(p) for p in some] for some in rounds] == [[200, 60], [60, 30, 5, 4, 3]]
+    portions = list(muon.portions(parameters))
+    assert {id(p) for some in portions for p in some} == {id(p) for p in parameters}
+    assert [[len(p) for p in some] for some in portions] == [[200, 60], [60, 30, 5, 4, 3]]
 
 
 def test_steps_have_the_size_of_adamws() -> None:

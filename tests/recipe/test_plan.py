@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from latentgen.formats.model_folder import Model, save_model
+from latentgen.models.late_interaction import late_loss
 from latentgen.recipe import build
-from latentgen.recipe.plan import Plan, flops_of, make_plan
+from latentgen.recipe.plan import Plan, _late_flops, flops_of, make_plan
 from latentgen.recipe.schema import Recipe
 
 
@@ -25,6 +26,17 @@ def test_flops_of_known_layers() -> None:
         assert flops_of(lambda: linear(x)) == 2 * 3 * 5 * 7
         assert flops_of(lambda: conv(image)) == 2 * 8 * 8 * 4 * 2 * 9
         assert flops_of(lambda: linear(x).sum().backward()) == 2 * (2 * 3 * 5 * 7)  # the input needs no gradient
+
+
+def test_comparing_words_with_places_is_counted_whole(tiny_recipe: Recipe) -> None:
+    recipe = changed(tiny_recipe, "text_encoder", contrasts=2)
+    text, batch = recipe.text_encoder, recipe.stage_train("clip").global_batch
+    with torch.device("meta"):
+        places = torch.empty(batch, 5, text.embed_dim, requires_grad=True)
+        words = torch.empty(3 * batch, text.context_length, text.embed_dim, requires_grad=True)
+        mask, scale = torch.empty(words.shape[:2]), torch.empty(())
+        trained = flops_of(lambda: late_loss(places, words, mask, scale, 2).backward())
+        assert _late_flops(recipe, 5) == trained
 
 
 @pytest.fixture(scope="module")
