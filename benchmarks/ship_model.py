@@ -34,7 +34,7 @@ eight colours, on white or gray, one to four at a time. Trained from nothing, al
 procedural world: no picture of the world outside, and no other model, went into it.
 
 - Made by `accelerate launch train.py --config configs/{recipe}.yaml`,
-  then `python benchmarks/ship_model.py runs/{recipe}`.
+  then `python benchmarks/ship_model.py runs/{recipe}`.{note}
 - Counted compute: {flops} FLOP. Seed {seed}. The whole recipe is in `latentgen.json`.
 - Stored in half precision, {size:.1f} MB, safetensors only.
 - Opens with `python sample.py "a red circle"` and with `diffusers.StableDiffusionPipeline.from_pretrained`.
@@ -50,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, default=Path("data/shapes-model"))
+    parser.add_argument("--note", help="what else the card should say of how it was made")
     options = parser.parse_args()
     source = options.run / "model"
     model = load_model(source)
@@ -65,6 +66,7 @@ def main() -> None:
     card = CARD.format(
         side=recipe["data"]["resolution"],
         recipe=recipe["name"],
+        note=f"\n  {options.note}" if options.note else "",
         flops=f"{model.metadata['flops']:.3g}",
         seed=recipe["seed"],
         size=sum(path.stat().st_size for path in files if path.suffix == ".safetensors") / 1e6,
