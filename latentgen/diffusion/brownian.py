@@ -39,7 +39,9 @@ def brownian(seed: int, shape: Sequence[int], sigma: float) -> Tensor:
     """
     if not 2.0**-OCTAVES <= sigma <= 2.0**OCTAVES:
         raise UserError(f"noise at sigma {sigma:g}: levels must lie between 2^-32 and 2^32.")
-    place = (OCTAVES - math.log2(sigma)) / (2 * OCTAVES)  # 0 at the largest level, where c is smallest; 1 at the smallest
+    place = (OCTAVES - math.log2(sigma)) / (
+        2 * OCTAVES
+    )  # 0 at the largest level, where c is smallest; 1 at the smallest
     left, right = 0.0, 1.0
     b_left = math.sqrt(_time_of(left)) * _normal(seed, shape, "start", 0)
     b_right = b_left + math.sqrt(_time_of(right) - _time_of(left)) * _normal(seed, shape, "end", 0)

@@ -34,9 +34,9 @@ def dpm_adaptive(
     """The probability flow to a tolerance; of `sigmas` only the ends count, and a last 0 is one more evaluation.
 
     Every picture has its own step size, so that it does not depend on its batch: the estimates of one call stand at
-    different noise levels, and those that have arrived wait. order (2 or 3) evaluations a step. A step is accepted where
-    the solutions of order and order - 1 differ by less than atol + rtol * |x| (the greater of both, root mean square);
-    h_init is the first step in log(sigma). on_step comes once a round, with the mean estimate of that round's start.
+    different noise levels, and those that have arrived wait. order (2 or 3) evaluations a step. A step is accepted
+    where the solutions of order and order - 1 differ by less than atol + rtol * |x| (the greater of both, root mean
+    square); h_init is the first step in log(sigma). on_step comes once a round, with the estimate of its start.
 
     Raises UserError for another order, tolerances that are not positive, a non-finite estimate and when 10,000 rounds
     do not reach the end.

@@ -1,4 +1,4 @@
-"""What the samplers share: their types, the levels they visit, ancestral noise, weights of interpolating polynomials."""
+"""What the samplers share: types, levels, ancestral noise, churn and the weights of multistep methods."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def dpmpp_3m_sde(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """DPM-Solver++(3M) for the reverse SDE: the parabola in lambda through the last three estimates, integrated exactly.
+    """DPM-Solver++(3M) for the reverse SDE: the parabola in lambda through three estimates, integrated exactly.
 
     One evaluation a step, third order for eta = 0. k-diffusion and diffusers give the second derivative half its
     weight (1/2 f'' u^2 needs f'' = 2 f[u0, u1, u2]; they use f[u0, u1, u2]), which leaves second order; this does not.
@@ -198,7 +198,7 @@ def dpmpp_3m_sde(
             moved = x0_hat + math.exp(-k * h) * (x - x0_hat)
             if len(history) > 1:
                 nodes = [at - start for at, _ in history]
-                weights = basis_integrals(nodes, 0.0, h, lambda u, h=h: k * math.exp(-k * (h - u)))
+                weights = basis_integrals(nodes, 0.0, h, lambda u, h=h, k=k: k * math.exp(-k * (h - u)))
                 moved = moved + weighted(weights[1:], [estimate - x0_hat for _, estimate in history[1:]])
             if eta > 0:
                 added = sigma_next * math.sqrt(-math.expm1(-2 * eta * h))

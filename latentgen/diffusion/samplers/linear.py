@@ -1,7 +1,9 @@
 """Linear multistep methods: the slope d = (x - x0_hat) / sigma is remembered, and its trend integrated over the step.
 
 One evaluation a step (`plms`: two in the first). They start as Euler's method and gain an order with every step up to
-their own, so their global order is two, with a small constant: at the first, largest sigma the slope hardly changes.
+their own, so with ever smaller steps order two remains, but with a small constant: at the first, largest sigma the
+slope hardly changes. The step to 0 extrapolates like any other (`deis`, whose variable is log(sigma), cannot), which helps
+where a schedule ends at a large level, as `trailing` does.
 """
 
 from __future__ import annotations
@@ -96,17 +98,14 @@ def ipndm(
     on_step: OnStep | None = None,
     order: int = 4,
 ) -> Tensor:
-    """Improved PNDM (named in arXiv 2204.13902): Adams-Bashforth weights for even steps, warmed up by lower orders.
-
-    The step to 0 is Euler's.
-    """
+    """Improved PNDM (named in arXiv 2204.13902): Adams-Bashforth weights for even steps, warmed up by lower orders."""
     del noise
     _check_order("ipndm", order)
     slopes: list[Tensor] = []
     for i, (sigma, sigma_next) in enumerate(pairwise(levels_of(sigmas, "ipndm"))):
         x0_hat = denoise(x, batch_of(sigma, x))
         slopes = [(x - x0_hat) / sigma, *slopes[: order - 1]]
-        if sigma_next == 0:
+        if i == 0 and sigma_next == 0:
             x = x0_hat
         else:
             x = x + (sigma_next - sigma) * weighted(ADAMS_BASHFORTH[len(slopes) - 1], slopes)

@@ -63,7 +63,7 @@ def euler_ancestral(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """Ancestral sampling with Euler steps. In these coordinates it is `ddim`, by the name and default of k-diffusion."""
+    """Ancestral sampling with Euler steps: in these coordinates `ddim`, by the name and default of k-diffusion."""
     return ddim(denoise, x, sigmas, noise=noise, on_step=on_step, eta=eta, s_noise=s_noise)
 
 
@@ -197,7 +197,7 @@ def dpm2(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """The midpoint rule with its midpoint in log(sigma), as DPM-Solver-2 has it (arXiv 2206.00927, algorithm 1, r = 1/2).
+    """The midpoint rule with its midpoint in log(sigma), like DPM-Solver-2 (arXiv 2206.00927, algorithm 1, r = 1/2).
 
     Second order; two evaluations a step, except the step to 0. Churn as in `heun`.
     """

@@ -73,7 +73,7 @@ def _er_weights(nodes: list[float], sigma: float, sigma_next: float) -> list[flo
 
 
 def _log_phi(sigma: float) -> float:
-    """log of the noise scale phi (arXiv 2309.06169, the function called ER SDE 5); e^(s^0.3) overflows only beyond 3e9."""
+    """log of the noise scale phi (arXiv 2309.06169, its function ER SDE 5); e^(s^0.3) overflows only beyond 3e9."""
     return math.log(sigma) + math.log(math.exp(sigma**0.3) + 10)
 
 
@@ -93,8 +93,8 @@ def restart(
     """Restart sampling (arXiv 2306.14878, algorithm 1): Heun's method, and at t_min back up to t_max, `restarts` times.
 
     The way up adds fresh noise, which contracts the errors made so far; the way down takes `restart_steps` Heun steps
-    on levels spaced as in arXiv 2206.00364, eq. 5. t_min is rounded to the nearest level of the schedule that is not its
-    first or 0; a schedule with none below t_max does not restart. on_step comes once a step of the schedule, after its
+    on levels spaced as in arXiv 2206.00364, eq. 5. t_min is rounded to the nearest level of the schedule that is not
+    its first or 0; a schedule with none below t_max does not restart. on_step comes once a step of the schedule, after its
     restarts. Raises UserError for a negative number of restarts, no steps, and t_min >= t_max.
     """
     if restarts < 0 or restart_steps < 1 or not 0 < t_min < t_max:

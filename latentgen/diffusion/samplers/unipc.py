@@ -50,7 +50,9 @@ def unipc(
     return x
 
 
-def _step(x: Tensor, history: list[tuple[float, Tensor]], sigma_next: float, variant: str, new: Tensor | None) -> Tensor:
+def _step(
+    x: Tensor, history: list[tuple[float, Tensor]], sigma_next: float, variant: str, new: Tensor | None
+) -> Tensor:
     """One step from x at the newest level of `history` to sigma_next; `new`, the estimate there, makes it a corrector.
 
     Both are x_next = exp(-h) x + (1 - exp(-h)) m0 - B(h) sum of a_k D_k, where D_k = (m_k - m0) / r_k and r_k is where
@@ -85,4 +87,6 @@ def _coefficients(r: list[float], h: float, b_of_h: float) -> list[float]:
         phi = (phi - 1 / math.factorial(n)) / -h  # phi_{n+1}(z) = (phi_n(z) - 1/n!) / z, with z = -h
         right.append(math.factorial(n) * phi * -h / b_of_h)
     rows = [[at**n for at in r] for n in range(len(r))]
-    return torch.linalg.solve(torch.tensor(rows, dtype=torch.float64), torch.tensor(right, dtype=torch.float64)).tolist()
+    return torch.linalg.solve(
+        torch.tensor(rows, dtype=torch.float64), torch.tensor(right, dtype=torch.float64)
+    ).tolist()
