@@ -132,7 +132,7 @@ def _beta_cdf(logit: float, a: float, b: float) -> float:
         return 1 - _beta_cdf(-logit, b, a)
     log_front = a * math.log(x) + b * math.log(rest) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
     fraction = 1.0
-    for m in range(60, 0, -1):  # from the inside out: 60 terms are plenty for a, b of order one
+    for m in range(30, 0, -1):  # from the inside out: 30 terms are plenty for a, b of order one
         even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
         odd = -(a + m - 1) * (a + b + m - 1) * x / ((a + 2 * m - 2) * (a + 2 * m - 1))
         fraction = 1 + odd / (1 + even / fraction)

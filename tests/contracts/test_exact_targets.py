@@ -275,7 +275,7 @@ MUTANTS = [
     ("dpm2_ancestral", "up * s_noise", "0.8 * up * s_noise"),
     ("dpmpp_2s_ancestral", "line(x, estimate, sigma, down)", "line(x, estimate, sigma, sigma_next)"),
     ("dpmpp_2s_ancestral", "up * s_noise", "1.2 * up * s_noise"),
-    ("dpmpp_sde", "x0_hat + (x0_middle - x0_hat)", "x0_hat - (x0_middle - x0_hat)"),
+    ("dpmpp_sde", "x = x + up * s_noise", "x = x + 1.2 * up * s_noise"),
     ("dpmpp_sde", 'up * s_noise * source_of(noise, "dpmpp_sde")(sigma, sigma_next)', "0.0"),
     ("dpmpp_2m_sde", "(1 + eta) * h", "h"),
     ("dpmpp_2m_sde", "-2 * eta * h", "-eta * h"),

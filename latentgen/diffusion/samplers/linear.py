@@ -2,8 +2,8 @@
 
 One evaluation a step (`plms`: two in the first). They start as Euler's method and gain an order with every step up to
 their own, so with ever smaller steps order two remains, but with a small constant: at the first, largest sigma the
-slope hardly changes. The step to 0 extrapolates like any other (`deis`, whose variable is log(sigma), cannot), which helps
-where a schedule ends at a large level, as `trailing` does.
+slope hardly changes. The step to 0 extrapolates like any other (`deis`, whose variable is log(sigma), cannot), which
+helps where a schedule ends at a large level, as `trailing` does.
 """
 
 from __future__ import annotations

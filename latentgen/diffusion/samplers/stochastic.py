@@ -94,8 +94,8 @@ def restart(
 
     The way up adds fresh noise, which contracts the errors made so far; the way down takes `restart_steps` Heun steps
     on levels spaced as in arXiv 2206.00364, eq. 5. t_min is rounded to the nearest level of the schedule that is not
-    its first or 0; a schedule with none below t_max does not restart. on_step comes once a step of the schedule, after its
-    restarts. Raises UserError for a negative number of restarts, no steps, and t_min >= t_max.
+    its first or 0; a schedule with none below t_max does not restart. on_step comes once a step of the schedule, after
+    its restarts. Raises UserError for a negative number of restarts, no steps, and t_min >= t_max.
     """
     if restarts < 0 or restart_steps < 1 or not 0 < t_min < t_max:
         raise UserError(
