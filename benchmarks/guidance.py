@@ -5,8 +5,8 @@
 Every method draws the same prompts with the same seeds; an evaluation is one row of a batch that went through a U-Net,
 counted there. The difference from cfg is taken picture by picture, its 95% interval over prompts. `--weak` names the
 worse model of autoguidance: one that shares the autoencoder, such as `configs/quickstart.yaml` makes; without it that
-row is left out. Writes benchmarks/results/guidance.{json,md}. 2,880 pictures a method take about 10 minutes on one core;
---quick draws 126.
+row is left out. Writes benchmarks/results/guidance.{json,md}. 2,880 pictures a method take about 10 minutes on one
+core; --quick draws 126.
 """
 
 from __future__ import annotations

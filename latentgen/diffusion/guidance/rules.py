@@ -144,7 +144,7 @@ class CFGPP:
 
 @dataclass(frozen=True)
 class CFGZero:
-    """CFG-Zero* (arXiv 2503.18886, "optimized scale"): the unconditional velocity is first scaled to fit the conditional one.
+    """CFG-Zero* (arXiv 2503.18886, "optimized scale"): the unconditional velocity is first scaled to fit the other.
 
         v = s * v_uncond + scale * (v_cond - s * v_uncond),   s = <v_cond, v_uncond> / <v_uncond, v_uncond>
 

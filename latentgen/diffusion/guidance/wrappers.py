@@ -104,9 +104,9 @@ class Interval:
 class Adaptive:
     """No guidance any more once the predictions agree (arXiv 2312.12487): their cosine rose above `threshold`.
 
-    Every picture decides for itself, from its own predictions, and for good; the decision holds from its next evaluation
-    on. The cosine is that of the velocity v, whatever the network predicts: eps would agree at the highest levels too,
-    where it is all noise. At a given x, v is along x - (1 + sigma^2) * x0_hat.
+    Every picture decides for itself, from its own predictions and for good; the decision holds from its next
+    evaluation on. The cosine is that of the velocity v, whatever the network predicts: eps would agree at the highest
+    levels too, where it is all noise. At a given x, v is along x - (1 + sigma^2) * x0_hat.
     """
 
     inner: Guidance
@@ -178,8 +178,8 @@ class Threshold:
     """Dynamic thresholding (arXiv 2205.11487, section 2.3): values are held where pictures can be.
 
     s is a percentile of |x0_hat| over the picture, at least `limit`; x0_hat is clamped to [-s, s] and times limit / s.
-    For pixels `limit` is 1, the paper's. Latents have no such bound: there it is the size that clean latents seldom pass,
-    3 standard deviations for latents of unit variance.
+    For pixels `limit` is 1, the paper's. Latents have no such bound: there it is the size that clean latents seldom
+    pass, 3 standard deviations for latents of unit variance.
     """
 
     inner: Guidance
