@@ -216,8 +216,10 @@ def perturbed_attention(layers: list[Attention], rows: slice) -> Iterator[None]:
 
     def perturb(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], out: Tensor) -> Tensor:
         assert isinstance(layer, Attention)
-        project, dropout = layer.to_out
-        values = dropout(project(layer.to_v((given[0] if given else named["hidden_states"])[rows])))
+        projections: Any = layer.to_out  # the library's annotation admits None
+        values = layer.to_v((given[0] if given else named["hidden_states"])[rows])
+        for project in projections:
+            values = project(values)
         out = out.clone()
         out[rows] = values
         return out
