@@ -27,6 +27,7 @@ from latentgen.data.sources.shapes_scene import CATEGORIES
 from latentgen.evals.shapes_prompts import Prompt, standing_prompts
 from latentgen.evals.shapes_report import Report, bootstrap, evaluate
 from latentgen.formats.model_folder import Model, load_model
+from latentgen.models.autoencoder import factor
 from latentgen.models.unet import counted_rows
 from latentgen.pipelines.generate import Request, generate
 
@@ -69,7 +70,7 @@ METHODS = (
 
 def measure(model: Model, method: Method, prompts: Sequence[Prompt], pictures: int) -> Outcome:
     """Draw and judge `pictures` pictures of every prompt."""
-    side = int(model.unet.config["sample_size"]) * 2 ** (len(model.vae.config["block_out_channels"]) - 1)
+    side = int(model.unet.config["sample_size"]) * factor(model.vae)
     steps = Request("", **method.changes).num_inference_steps
     with counted_rows() as rows, progress(method.name, "step", total=len(prompts) * pictures * steps) as bar:
 

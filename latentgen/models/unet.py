@@ -214,11 +214,9 @@ def perturbed_attention(layers: list[Attention], rows: slice) -> Iterator[None]:
     Every position then attends to itself alone: attention becomes its value and output projections.
     """
 
-    def perturb(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], out: Tensor) -> Tensor:
-        assert isinstance(layer, Attention)
-        projections: Any = layer.to_out  # the library's annotation admits None
+    def perturb(layer: Any, given: tuple[Any, ...], named: dict[str, Any], out: Tensor) -> Tensor:
         values = layer.to_v((given[0] if given else named["hidden_states"])[rows])
-        for project in projections:
+        for project in layer.to_out:
             values = project(values)
         out = out.clone()
         out[rows] = values

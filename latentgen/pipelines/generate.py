@@ -86,12 +86,12 @@ def generate(
         raise UserError(f"--batch-size {batch_size}: must be at least 1")
     for request in requests:
         check(request, model)
-    for settings, alike in groupby(requests, key=_settings):
+    weak = {guidance: weak_model(guidance, model) for guidance in dict.fromkeys(r.guidance for r in requests)}
+    for _, alike in groupby(requests, key=_settings):
         group = list(alike)
-        weak = weak_model(settings[0].guidance, model)
         for at in range(0, len(group), batch_size):
             batch = group[at : at + batch_size]
-            yield from to_pictures(decode(model.vae, _latents(model, weak, batch, on_step)))
+            yield from to_pictures(decode(model.vae, _latents(model, weak[batch[0].guidance], batch, on_step)))
 
 
 def _sigmas(request: Request, model: Model) -> Tensor:

@@ -52,18 +52,18 @@ def split_prompt(prompt: str, guidance: Sequence[str]) -> tuple[tuple[str, ...],
     """
     if all(part.name != "compose" for part in parse(guidance)):
         return (prompt,), (1.0,)
-    texts, weights = [], []
-    for piece in prompt.split(AND):
-        text, colon, number = piece.rpartition(":")
-        try:
-            weight = float(number)
-        except ValueError:
-            text, colon, weight = piece, "", 1.0
-        if not (text if colon else piece).strip() and len(prompt.split(AND)) > 1:
-            raise UserError(f'--guidance compose: "{prompt}" has an empty prompt; write "one{AND}other:0.5"')
-        texts.append((text if colon else piece).strip())
-        weights.append(weight if colon else 1.0)
-    return tuple(texts), tuple(weights)
+    pairs = [_weighted(piece) for piece in prompt.split(AND)]
+    if len(pairs) > 1 and not all(text for text, _ in pairs):
+        raise UserError(f'--guidance compose: "{prompt}" has an empty prompt; write "one{AND}other:0.5"')
+    return tuple(text for text, _ in pairs), tuple(weight for _, weight in pairs)
+
+
+def _weighted(piece: str) -> tuple[str, float]:
+    text, colon, number = piece.rpartition(":")
+    try:
+        return (text.strip(), float(number)) if colon else (piece.strip(), 1.0)
+    except ValueError:
+        return piece.strip(), 1.0  # a colon of the prompt's own
 
 
 def check_guidance(wish: Wish, model: Model) -> None:

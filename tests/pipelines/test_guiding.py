@@ -147,8 +147,9 @@ def test_a_weak_network_with_other_latents_is_refused(
     tiny: Model, tiny_builder: Callable[..., Model], tmp_path: Path
 ) -> None:
     save_model(tiny_builder(seed=9), tmp_path / "other")
-    with pytest.raises(UserError, match="its autoencoder is another"):
-        list(generate(tiny, [ask("x", f"autoguidance,model={tmp_path / 'other'}")]))
+    with counted_rows() as rows, pytest.raises(UserError, match="its autoencoder is another"):
+        list(generate(tiny, [ask(), ask("x", f"autoguidance,model={tmp_path / 'other'}")]))
+    assert rows.count == 0, "nothing is drawn before all requests are checked"
 
 
 def test_guidance_is_written_down() -> None:
