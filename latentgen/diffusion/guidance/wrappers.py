@@ -141,7 +141,7 @@ class Adaptive:
         wide = torch.promote_types(x.dtype, torch.float32)
         factor = per_example(1 + sigma.to(wide) ** 2, x)
         v_a, v_b = x.to(wide) - factor * a.to(wide), x.to(wide) - factor * b.to(wide)
-        return dot(v_a, v_b) / (dot(v_a, v_a) * dot(v_b, v_b)).sqrt()
+        return dot(v_a, v_b) / (dot(v_a, v_a).sqrt() * dot(v_b, v_b).sqrt())
 
 
 @dataclass(frozen=True)
