@@ -27,6 +27,9 @@ def shapes(
     seed: Annotated[int, typer.Option(help="Seed of the first picture of each prompt.")] = 0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(help="How hard the prompt is followed.")] = 4.0,
+    guidance: Annotated[
+        list[str] | None, typer.Option(help="How to guide: NAME[,key=value]..., as in `latentgen sample`.")
+    ] = None,
     sampler: Annotated[str, typer.Option(help="As in `latentgen sample`.")] = "dpmpp_2m",
     batch_size: Annotated[int, typer.Option(help="Pictures drawn together.")] = 32,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: a GPU when there is one.")] = None,
@@ -52,6 +55,7 @@ def shapes(
                     seed=own,
                     num_inference_steps=steps,
                     guidance_scale=guidance_scale,
+                    guidance=tuple(guidance or ()),
                     sampler=sampler,
                     height=side,
                     width=side,

@@ -62,6 +62,10 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(help="1: none; more follows the prompt harder.")] = 4.0,
+    guidance: Annotated[
+        list[str] | None,
+        typer.Option(help="How to guide: NAME[,key=value]..., such as interval,low=0.3,high=6; several may be given."),
+    ] = None,
     negative_prompt: Annotated[str, typer.Option(help="What to stay away from.")] = "",
     sampler: Annotated[
         str, typer.Option(help='dpmpp_2m, unipc, euler_ancestral, dpmpp_2m_sde ... or as elsewhere: "DPM++ 2M Karras".')
@@ -99,6 +103,7 @@ def sample(
             seed=seed + number,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
+            guidance=tuple(guidance or ()),
             sampler=sampler,
             schedule=schedule,
             height=side if height is None else height,

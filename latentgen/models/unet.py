@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from latentgen.core.errors import UserError
 
@@ -154,6 +156,78 @@ def attention_kernel(
         raise UserError(f'attention kernel "{kind}" is unknown; use auto, {", ".join(KERNELS)}')
     with sdpa_kernel(KERNELS[kind]):
         yield
+
+
+class Rows:
+    """How many rows of batches went through U-Nets: the number of network evaluations."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+@contextmanager
+def counted_rows() -> Iterator[Rows]:
+    """Count what goes through any U-Net inside the block, at the network's own door.
+
+    A row that was skipped does not count, however it was skipped; one that went through a second network does.
+    """
+    rows = Rows()
+
+    def count(module: nn.Module, given: tuple[Any, ...]) -> None:
+        if isinstance(module, UNet2DConditionModel):
+            rows.count += len(given[0])
+
+    hook = register_module_forward_pre_hook(count)
+    try:
+        yield rows
+    finally:
+        hook.remove()
+
+
+def self_attentions(unet: UNet2DConditionModel, layers: str = "mid") -> list[Attention]:
+    """The self-attention of the chosen layers.
+
+    Args:
+        layers: "mid", "down", "up" or beginnings of module names such as "up_blocks.0.attentions.1", joined by "+".
+
+    Raises:
+        UserError: a name under which there is no self-attention.
+    """
+    every = {name: module for name, module in unet.named_modules() if name.endswith("attn1")}
+    chosen: dict[str, Attention] = {}
+    for layer in (piece.strip() for piece in layers.split("+")):
+        start = {"mid": "mid_block", "down": "down_blocks", "up": "up_blocks"}.get(layer, layer)
+        found = {name: module for name, module in every.items() if name == start or name.startswith(f"{start}.")}
+        if not found:
+            known = ", ".join(sorted({name.split(".transformer_blocks")[0] for name in every})) or "no self-attention"
+            raise UserError(f"layers={layer}: no self-attention there; choose mid, down, up or one of {known}")
+        for name, module in found.items():
+            assert isinstance(module, Attention)
+            chosen[name] = module
+    return list(chosen.values())
+
+
+@contextmanager
+def perturbed_attention(layers: list[Attention], rows: slice) -> Iterator[None]:
+    """Self-attention with the identity as its map in the given rows of the batch, inside the block (arXiv 2403.17377).
+
+    Every position then attends to itself alone: attention becomes its value and output projections.
+    """
+
+    def perturb(layer: Any, given: tuple[Any, ...], named: dict[str, Any], out: Tensor) -> Tensor:
+        values = layer.to_v((given[0] if given else named["hidden_states"])[rows])
+        for project in layer.to_out:
+            values = project(values)
+        out = out.clone()
+        out[rows] = values
+        return out
+
+    hooks = [layer.register_forward_hook(perturb, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 KERNELS = {

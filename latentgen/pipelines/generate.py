@@ -17,13 +17,12 @@ from torch import Tensor
 
 from latentgen.core.errors import UserError
 from latentgen.diffusion.brownian import brownian_noise
-from latentgen.diffusion.guidance import CFG, batched, bind
-from latentgen.diffusion.parameterization import Denoiser, Flow, Parameterization, denoiser
+from latentgen.diffusion.parameterization import Flow
 from latentgen.diffusion.samplers import find_sampler, resolve
 from latentgen.diffusion.schedules import SCHEDULES
 from latentgen.formats.model_folder import Model
 from latentgen.models.autoencoder import decode, factor
-from latentgen.models.text import encode_text
+from latentgen.pipelines.guiding import Wish, check_guidance, guided, split_prompt, weak_model
 from latentgen.pipelines.pictures import to_pictures
 
 
@@ -37,6 +36,8 @@ class Request:
         seed: the picture's own seed.
         num_inference_steps: sampling steps, at least 1.
         guidance_scale: 1 draws from the model as it is; more follows the prompt harder.
+        guidance: how, beyond plain cfg: `NAME[,key=value]...` of `diffusion.guidance` each, such as
+            "interval,low=0.3,high=6"; in any order.
         sampler: a name of `diffusion.samplers`, or what other tools call it; such a name may say the schedule too.
         schedule: a name of `diffusion.schedules`; None is what the model's process was made for.
         height, width: pixels, multiples of the autoencoder's factor.
@@ -47,6 +48,7 @@ class Request:
     seed: int = 0
     num_inference_steps: int = 20
     guidance_scale: float = 4.0
+    guidance: tuple[str, ...] = ()
     sampler: str = "dpmpp_2m"
     schedule: str | None = None
     height: int = 64
@@ -63,7 +65,7 @@ def check(request: Request, model: Model) -> None:
         raise UserError(f"--steps {request.num_inference_steps}: the number of sampling steps must be at least 1")
     if not 0 <= request.guidance_scale < float("inf"):
         raise UserError(f"--guidance-scale {request.guidance_scale}: must not be negative, nor infinite")
-    _sigmas(request, model)
+    check_guidance(_wish(request, _sigmas(request, model)), model)
 
 
 @torch.no_grad()
@@ -83,11 +85,12 @@ def generate(
         raise UserError(f"--batch-size {batch_size}: must be at least 1")
     for request in requests:
         check(request, model)
+    weak = {guidance: weak_model(guidance, model) for guidance in dict.fromkeys(r.guidance for r in requests)}
     for _, alike in groupby(requests, key=_settings):
         group = list(alike)
         for at in range(0, len(group), batch_size):
             batch = group[at : at + batch_size]
-            yield from to_pictures(decode(model.vae, _latents(model, batch, on_step)))
+            yield from to_pictures(decode(model.vae, _latents(model, weak[batch[0].guidance], batch, on_step)))
 
 
 def _sigmas(request: Request, model: Model) -> Tensor:
@@ -100,8 +103,15 @@ def _sigmas(request: Request, model: Model) -> Tensor:
     return SCHEDULES[name or "trailing"](request.num_inference_steps, parameterization)
 
 
-def _settings(request: Request) -> Request:
-    return dataclasses.replace(request, prompt="", negative_prompt="", seed=0)
+def _settings(request: Request) -> tuple[Request, tuple[float, ...]]:
+    """What the pictures of a batch have in common: all but their words and seeds, and the weights of composed words."""
+    _, weights = split_prompt(request.prompt, request.guidance)
+    return dataclasses.replace(request, prompt="", negative_prompt="", seed=0), weights
+
+
+def _wish(request: Request, sigmas: Tensor) -> Wish:
+    _, weights = split_prompt(request.prompt, request.guidance)
+    return Wish(request.guidance, request.guidance_scale, request.sampler, tuple(sigmas.tolist()), weights)
 
 
 def start_noise(request: Request, channels: int, times: int) -> Tensor:
@@ -110,36 +120,19 @@ def start_noise(request: Request, channels: int, times: int) -> Tensor:
     return torch.randn(1, channels, request.height // times, request.width // times, generator=own)
 
 
-def _latents(model: Model, batch: list[Request], on_step: Callable[[int], object] | None) -> Tensor:
+def _latents(model: Model, weak: Model | None, batch: list[Request], on_step: Callable[[int], object] | None) -> Tensor:
     """Sample the latents `[b, c, h, w]` of requests with equal settings."""
     first, device = batch[0], model.unet.device
     sigmas = _sigmas(first, model)
     noise = torch.cat([start_noise(r, model.vae.config["latent_channels"], factor(model.vae)) for r in batch])
     # Noise alone, as k-diffusion and diffusers start: the data's share of the spread is 0.2 percent at sigma_max 14.6.
     x = float(sigmas[0]) * noise.to(device)
-    denoise = _denoiser(model, batch, model.parameterization())
+    prompts = [split_prompt(r.prompt, r.guidance)[0] for r in batch]
+    denoise = guided(model, weak, _wish(first, sigmas), prompts, [r.negative_prompt for r in batch])
     report = None if on_step is None else lambda i, x, x0_hat: on_step(len(batch))
     own_noise = brownian_noise([r.seed for r in batch], x)
     latents = find_sampler(first.sampler)(denoise, x, sigmas, noise=own_noise, on_step=report)
     return latents.to(model.vae.dtype)
-
-
-def _denoiser(model: Model, batch: list[Request], parameterization: Parameterization) -> Denoiser:
-    """Bind the batch's prompts and guidance: cond and uncond run in one forward pass."""
-    states = {
-        "cond": encode_text(model.text_encoder, model.tokenizer, [r.prompt for r in batch]),
-        "uncond": encode_text(model.text_encoder, model.tokenizer, [r.negative_prompt for r in batch]),
-    }
-
-    def denoise_kinds(x: Tensor, sigma: Tensor, kinds: tuple[str, ...]) -> Tensor:
-        context = torch.cat([states[kind] for kind in kinds]).to(model.unet.dtype)
-
-        def network(x_in: Tensor, c_noise: Tensor) -> Tensor:
-            return model.unet(x_in.to(model.unet.dtype), c_noise, encoder_hidden_states=context, return_dict=False)[0]
-
-        return denoiser(parameterization, network)(x, sigma)
-
-    return bind(CFG(batch[0].guidance_scale), batched(denoise_kinds))
 
 
 def parameters_line(request: Request, model_name: str, model_hash: str) -> str:
@@ -149,4 +142,6 @@ def parameters_line(request: Request, model_name: str, model_hash: str) -> str:
         f"Steps: {request.num_inference_steps}, Sampler: {request.sampler}, CFG scale: {request.guidance_scale:g}, "
         f"Seed: {request.seed}, Size: {request.width}x{request.height}"
     )
+    if request.guidance:  # in quotation marks, because other tools split at commas
+        settings += f', Guidance: "{"; ".join(request.guidance)}"'
     return f"{request.prompt}{negative}\n{settings}, Model hash: {model_hash[:10]}, Model: {model_name}"

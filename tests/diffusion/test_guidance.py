@@ -1,76 +1,83 @@
-"""Guidance asks for what it needs and no more, in one forward pass."""
+"""The driver makes what is needed and no more, in one forward pass, and remembers for one sampling call only."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from latentgen.core.errors import UserError
-from latentgen.diffusion.guidance import CFG, batched, bind
-from latentgen.diffusion.parameterization import V, convert, to_x0
+from latentgen.diffusion.guidance import CFG, Needs, State, batched, bind
+from latentgen.diffusion.guidance.rules import APG
+
+SHIFT = {"cond": 1.0, "uncond": -1.0, "weak": 10.0}
 
 
-def test_cfg_formula_and_the_cheap_case() -> None:
-    cond, uncond = torch.full((1, 1, 2, 2), 3.0), torch.full((1, 1, 2, 2), 1.0)
-    x, sigma = torch.zeros_like(cond), torch.ones(1)
-    both = {"cond": cond, "uncond": uncond}
-    assert CFG(2.5).needs(1.0) == ("cond", "uncond")
-    assert CFG(1.0).needs(1.0) == ("cond",)
-    assert torch.equal(CFG(2.5).combine(both, x, sigma), torch.full_like(cond, 6.0))
-    assert torch.equal(CFG(0.0).combine(both, x, sigma), uncond)
-    assert CFG(1.0).combine({"cond": cond}, x, sigma) is cond
-    with pytest.raises(UserError, match="guidance scale"):
-        CFG(math.nan)
+class Network:
+    """x plus a number for each kind; remembers how many rows of each kind it was given."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, list[int]]] = []
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        self.calls.append({kind: at.tolist() for kind, at in rows.items()})
+        assert len(sigma) == len(x) == sum(map(len, rows.values()))
+        shifts = torch.cat([torch.full((len(at),), SHIFT[kind]) for kind, at in rows.items()])
+        return x + shifts.reshape(-1, 1, 1, 1)
 
 
-def test_guiding_x0_is_guiding_the_prediction() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, v_cond, v_uncond = torch.randn(3, 2, 3, 4, 4, dtype=torch.float64, generator=generator)
-    sigma = torch.tensor([0.3, 9.0], dtype=torch.float64)
-    p, scale = V(), 7.5
-    in_x0 = CFG(scale).combine({"cond": to_x0(p, v_cond, x, sigma), "uncond": to_x0(p, v_uncond, x, sigma)}, x, sigma)
-    in_v = to_x0(p, v_uncond + scale * (v_cond - v_uncond), x, sigma)
-    torch.testing.assert_close(in_x0, in_v)
-    torch.testing.assert_close(convert(v_cond, x, sigma, p, p), v_cond)
+@dataclass(frozen=True)
+class AboveOne:
+    """Needs `uncond` above sigma = 1 and `weak` above sigma = 5; gives their sum."""
+
+    def needs(self, sigma: torch.Tensor, state: State) -> Needs:
+        return {"uncond": sigma > 1, "cond": torch.ones_like(sigma, dtype=torch.bool), "weak": sigma > 5}
+
+    def combine(self, predictions: dict[str, torch.Tensor], x: torch.Tensor, sigma: torch.Tensor, state: State):
+        return sum(predictions.values(), torch.zeros_like(x))
 
 
 def test_one_forward_pass_for_all_kinds() -> None:
-    calls: list[tuple[int, tuple[str, ...]]] = []
-
-    def denoise_kinds(x: torch.Tensor, sigma: torch.Tensor, kinds: tuple[str, ...]) -> torch.Tensor:
-        calls.append((len(x), kinds))
-        assert len(sigma) == len(x)
-        shift = {"cond": 1.0, "uncond": -1.0}
-        return x + torch.cat([torch.full_like(b, shift[k]) for k, b in zip(kinds, x.chunk(len(kinds)), strict=True)])
-
+    network = Network()
     x, sigma = torch.randn(3, 2, 4, 4), torch.full((3,), 2.0)
-    guided = bind(CFG(3.0), batched(denoise_kinds))(x, sigma)
-    torch.testing.assert_close(guided, x - 1 + 3 * 2)
-    torch.testing.assert_close(bind(CFG(1.0), batched(denoise_kinds))(x, sigma), x + 1)
-    assert calls == [(6, ("cond", "uncond")), (3, ("cond",))]
+    torch.testing.assert_close(bind(CFG(3.0), batched(network))(x, sigma), x - 1 + 3 * 2)
+    torch.testing.assert_close(bind(CFG(1.0), batched(network))(x, sigma), x + 1)
+    everyone = [0, 1, 2]
+    assert network.calls == [{"cond": everyone, "uncond": everyone}, {"cond": everyone}]
 
 
-class AboveOne:
-    """Guided only above sigma = 1, like an interval."""
+def test_a_picture_gets_what_it_needs_at_its_own_level() -> None:
+    network = Network()
+    x, sigma = torch.zeros(3, 1, 2, 2), torch.tensor([0.5, 9.0, 2.0])
+    out = bind(AboveOne(), batched(network))(x, sigma)
+    assert network.calls == [{"uncond": [1, 2], "cond": [0, 1, 2], "weak": [1]}]
+    # where a kind was not made, cond stands: 1 + 1 + 1, 1 - 1 + 10, 1 - 1 + 1
+    assert out[:, 0, 0, 0].tolist() == [3.0, 10.0, 1.0]
 
-    def needs(self, sigma: float) -> tuple[str, ...]:
-        return ("uncond", "cond") if sigma > 1 else ("cond",)
 
-    def combine(self, predictions: dict[str, torch.Tensor], x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return predictions["cond"]
+def test_kinds_that_nobody_needs_are_absent() -> None:
+    network = Network()
+    out = bind(AboveOne(), batched(network))(torch.zeros(2, 1, 2, 2), torch.tensor([0.5, 0.5]))
+    assert network.calls == [{"cond": [0, 1]}]
+    assert (out == 1).all()
 
 
-@pytest.mark.parametrize(
-    ("levels", "kinds"), [([2.0, 2.0], ("cond", "uncond")), ([0.5, 0.5], ("cond",)), ([0.5, 2.0], ("cond", "uncond"))]
-)
-def test_unneeded_predictions_are_not_made(levels: list[float], kinds: tuple[str, ...]) -> None:
-    asked: list[tuple[str, ...]] = []
+def test_what_is_remembered_lasts_for_one_sampling_call() -> None:
+    x, sigma = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.full((2,), 2.0)
+    apg = APG(3.0, eta=1.0, momentum=-0.5)
+    first = bind(apg, batched(Network()))
+    one, two = first(x, sigma), first(x, sigma)
+    assert not torch.equal(one, two), "the second evaluation must know of the first"
+    assert torch.equal(bind(apg, batched(Network()))(x, sigma), one), "another call must not"
 
-    def predict(kinds: tuple[str, ...], x: torch.Tensor, sigma: torch.Tensor) -> dict[str, torch.Tensor]:
-        asked.append(kinds)
-        return dict.fromkeys(kinds, x)
 
-    bind(AboveOne(), predict)(torch.zeros(2, 1, 2, 2), torch.tensor(levels))
-    assert asked == [kinds]
+def test_memory_needs_the_same_pictures_throughout() -> None:
+    denoise = bind(APG(3.0, momentum=-0.5), batched(Network()))
+    denoise(torch.randn(2, 1, 2, 2), torch.ones(2))
+    with pytest.raises(UserError, match="'momentum' of 2 pictures and got 6"):
+        denoise(torch.randn(6, 1, 2, 2), torch.ones(6))
+    forgetful = bind(APG(3.0, momentum=0.0), batched(Network()))
+    assert forgetful(torch.randn(2, 1, 2, 2), torch.ones(2)).shape[0] == 2
+    assert forgetful(torch.randn(6, 1, 2, 2), torch.ones(6)).shape[0] == 6

@@ -60,6 +60,11 @@ SAMPLE = {
     "no pictures": (["a star", "--model", "MODEL", "--num", "0"], ["--num 0"]),
     "batch size": (["a star", "--model", "MODEL", "--batch-size", "0"], ["--batch-size 0"]),
     "guidance": (["a star", "--model", "MODEL", "--guidance-scale", "-1"], ["--guidance-scale"]),
+    "guidance name": (["a star", "--model", "MODEL", "--guidance", "magic"], ["--guidance", "magic", "interval"]),
+    "guidance pair": (
+        ["a star", "--model", "MODEL", "--guidance", "pag", "--guidance", "compose"],
+        ["pag and compose", "every prompt"],
+    ),
     "sampler": (["a star", "--model", "MODEL", "--sampler", "magic"], ["magic", "euler"]),
     "schedule": (["a star", "--model", "MODEL", "--schedule", "magic"], ["magic"]),
     "dtype": (["a star", "--model", "MODEL", "--dtype", "fp7"], ["--dtype fp7", "bf16"]),

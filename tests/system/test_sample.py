@@ -79,6 +79,19 @@ def test_the_chunk_draws_the_picture_again(pair, programs, model, tmp_path):
     assert abs(pixels(tmp_path / again) - pixels(cwd / paths[3])).max() <= 1
 
 
+def test_guidance_is_asked_for_and_written_down(pair, programs, model, tmp_path):
+    cwd, paths = pair[0]
+    words = ["sample", "a red circle", "--model", model, "--seed", 5, *FEW, "--out"]
+    guidance = ["--guidance", "interval,low=1,high=9", "--guidance", "rescale"]
+    (path, _) = drawn(programs(*words, "guided", *guidance, cwd=tmp_path))
+    text = Image.open(tmp_path / path).text  # type: ignore[attr-defined]
+    assert json.loads(text["latentgen"])["guidance"] == ["interval,low=1,high=9", "rescale"]
+    assert 'Guidance: "interval,low=1,high=9; rescale"' in text["parameters"]
+    (plain, _) = drawn(programs(*words, "plain", "--guidance", "cfg", cwd=tmp_path))
+    assert abs(pixels(tmp_path / plain) - pixels(cwd / paths[0])).max() == 0, "cfg is what nothing said means"
+    assert abs(pixels(tmp_path / path) - pixels(cwd / paths[0])).max() > 1
+
+
 def test_batch_size_does_not_change_pictures(pair, programs, model, tmp_path):
     cwd, paths = pair[0]
     for size in (1, 4):

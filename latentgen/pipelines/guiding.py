@@ -1,0 +1,161 @@
+"""How a request is guided: from its words to a denoiser.
+
+The predictions of one network run in one forward pass, each with its own prompt; a weaker network has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latentgen.core.errors import UserError
+from latentgen.diffusion.guidance import Part, batched, bind, build, parse, pick
+from latentgen.diffusion.parameterization import Denoiser, denoiser
+from latentgen.formats.folder_check import check_folder
+from latentgen.formats.model_folder import Model, load_model
+from latentgen.models.text import encode_text
+from latentgen.models.unet import perturbed_attention, self_attentions
+
+AND = " AND "
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How pictures of one batch are to be guided.
+
+    Args:
+        guidance: `NAME[,key=value]...` each, as `diffusion.guidance.parse` reads them.
+        scale: of the rule.
+        sampler: its name.
+        levels: the noise levels it visits.
+        weights: of the prompts of a composition; (1.0,) where there is none.
+    """
+
+    guidance: tuple[str, ...]
+    scale: float
+    sampler: str
+    levels: tuple[float, ...]
+    weights: tuple[float, ...] = (1.0,)
+
+
+def split_prompt(prompt: str, guidance: Sequence[str]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """The prompts of a composition and their weights: "a red circle AND a blue star:0.5".
+
+    Where `guidance` does not say compose, the prompt is one, whatever its words.
+
+    Raises:
+        UserError: an empty prompt in a composition.
+    """
+    if all(part.name != "compose" for part in parse(guidance)):
+        return (prompt,), (1.0,)
+    pairs = [_weighted(piece) for piece in prompt.split(AND)]
+    if len(pairs) > 1 and not all(text for text, _ in pairs):
+        raise UserError(f'--guidance compose: "{prompt}" has an empty prompt; write "one{AND}other:0.5"')
+    return tuple(text for text, _ in pairs), tuple(weight for _, weight in pairs)
+
+
+def _weighted(piece: str) -> tuple[str, float]:
+    text, colon, number = piece.rpartition(":")
+    try:
+        return (text.strip(), float(number)) if colon else (piece.strip(), 1.0)
+    except ValueError:
+        return piece.strip(), 1.0  # a colon of the prompt's own
+
+
+def check_guidance(wish: Wish, model: Model) -> None:
+    """Raise `UserError` for guidance that the model or the sampler cannot follow."""
+    parts = parse(wish.guidance)
+    build(parts, wish.scale, wish.sampler, wish.levels, wish.weights)
+    layers = _knob(parts, "pag", "layers")
+    if layers is not None:
+        self_attentions(model.unet, layers)
+    folder = _knob(parts, "autoguidance", "model")
+    if folder is not None:
+        check_folder(Path(folder))
+
+
+def weak_model(guidance: Sequence[str], model: Model) -> Model | None:
+    """The worse model that autoguidance names, opened beside `model`; None where nothing asks for one.
+
+    Raises:
+        UserError: there is none in that folder, or its latents mean something else.
+    """
+    folder = _knob(parse(guidance), "autoguidance", "model")
+    if folder is None:
+        return None
+    weak = load_model(Path(folder), model.unet.device, model.unet.dtype)
+    mine, theirs = model.vae.state_dict(), weak.vae.state_dict()
+    alike = mine.keys() == theirs.keys() and all(
+        value.shape == theirs[name].shape and torch.allclose(value.float(), theirs[name].float(), rtol=0.01, atol=0.001)
+        for name, value in mine.items()
+    )
+    if not alike:
+        raise UserError(
+            f"--guidance autoguidance,model={folder}: its autoencoder is another one, so its latents differ"
+        )
+    return weak
+
+
+@torch.no_grad()
+def guided(
+    model: Model, weak: Model | None, wish: Wish, prompts: Sequence[Sequence[str]], negative: Sequence[str]
+) -> Denoiser:
+    """A denoiser for one sampling call.
+
+    Args:
+        weak: from `weak_model`.
+        prompts: for every picture, as many as `wish.weights`.
+        negative: for every picture what to stay away from.
+    """
+    parts = parse(wish.guidance)
+    texts = {"cond" if n == 0 else f"cond{n + 1}": [own[n] for own in prompts] for n in range(len(wish.weights))}
+    texts["uncond"] = list(negative)
+    layers = _knob(parts, "pag", "layers")
+    if layers is not None:
+        texts["weak"] = texts["cond"]
+    strong = _Network(model, texts, layers)
+    second = None if weak is None else _Network(weak, {"weak": texts["cond"]}, None)
+
+    def predict(rows: Mapping[str, Tensor], x: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+        if second is None:
+            return batched(strong.denoise_rows)(rows, x, sigma)
+        mine = {kind: at for kind, at in rows.items() if kind != "weak"}
+        made = batched(strong.denoise_rows)(mine, x, sigma)
+        if "weak" in rows:
+            made |= batched(second.denoise_rows)({"weak": rows["weak"]}, x, sigma)
+        return made
+
+    return bind(build(parts, wish.scale, wish.sampler, wish.levels, wish.weights), predict)
+
+
+class _Network:
+    """A U-Net with the text states of a batch, {kind: [b, t, d]}; the kind `weak` has perturbed attention."""
+
+    def __init__(self, model: Model, texts: Mapping[str, list[str]], perturbed: str | None) -> None:
+        self.unet, self.parameterization = model.unet, model.parameterization()
+        self.states = {kind: encode_text(model.text_encoder, model.tokenizer, own) for kind, own in texts.items()}
+        self.perturbed = self_attentions(model.unet, perturbed) if perturbed is not None else []
+
+    def denoise_rows(self, x: Tensor, sigma: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """x0_hat [k, c, h, w], one block a kind."""
+        unet = self.unet
+        context = torch.cat([pick(self.states[kind], at) for kind, at in rows.items()]).to(unet.dtype)
+        weak = slice(0, 0)
+        if self.perturbed and "weak" in rows:
+            before = [len(at) for kind, at in rows.items()][: list(rows).index("weak")]
+            weak = slice(sum(before), sum(before) + len(rows["weak"]))
+
+        def network(x_in: Tensor, c_noise: Tensor) -> Tensor:
+            with perturbed_attention(self.perturbed if weak.stop else [], weak):
+                return unet(x_in.to(unet.dtype), c_noise, encoder_hidden_states=context, return_dict=False)[0]
+
+        return denoiser(self.parameterization, network)(x, sigma)
+
+
+def _knob(parts: Sequence[Part], name: str, key: str) -> str | None:
+    """A text that a guidance was given, or None where it is not asked for."""
+    return next((part.knob(key) for part in parts if part.name == name), None)
