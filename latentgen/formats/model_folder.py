@@ -25,7 +25,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from latentgen import __version__
 from latentgen.core.errors import UserError
 from latentgen.core.files import write_folder, write_json
-from latentgen.diffusion.parameterization import NoiseTable, Parameterization, make
+from latentgen.diffusion.noise_tables import NoiseTable
+from latentgen.diffusion.parameterization import Parameterization, make
 from latentgen.formats.folder_check import check_folder, read_json
 
 if TYPE_CHECKING:

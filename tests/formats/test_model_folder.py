@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from latentgen.core.errors import UserError
-from latentgen.diffusion.parameterization import Flow, NoiseTable
+from latentgen.diffusion.noise_tables import NoiseTable
+from latentgen.diffusion.parameterization import Flow
 from latentgen.formats.model_folder import (
     Model,
     load_model,

@@ -27,7 +27,8 @@ from diffusers import (
     HeunDiscreteScheduler,
 )
 
-from latentgen.diffusion.parameterization import Eps, Flow, NoiseTable, Parameterization, V, denoiser
+from latentgen.diffusion.noise_tables import NoiseTable
+from latentgen.diffusion.parameterization import Eps, Flow, Parameterization, V, denoiser
 from latentgen.diffusion.samplers import ddim, dpmpp_2m, euler, heun
 from latentgen.diffusion.schedules import SCHEDULES
 
