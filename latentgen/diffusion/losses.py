@@ -49,7 +49,7 @@ def huber(
     """Scheduled pseudo-Huber: 2 c (sqrt(error^2 + c^2) - c) (arXiv 2403.16728, section 3). [b].
 
     Twice the paper's, so that errors far below c count as in `mse`; those far above count as 2 c |error|, and an
-    example that is wrong or damaged pulls less. c depends on the level, by default 1 for clean images and `c` for noise:
+    example that is wrong or damaged pulls less. c depends on the level, from 1 for clean images down to `c` for noise:
 
         exponential   c^t, t = fraction [b] of the process's time (the paper's)
         snr           c + (1 - c) / (1 + sigma)^2, the same but for every process alike

@@ -69,10 +69,10 @@ def cosine_interpolated(
     """The cosine process, shifted for the size of the picture (arXiv 2301.11093). [b].
 
     With log SNR(t) = -2 log tan(pi t / 2) for pictures of side d, one of side image_d needs
-    log SNR + 2 log(d / image_d) for the same noise on its coarse features. Interpolated: noise_d_low counts at the noisy
-    end, t = 1, noise_d_high at the clean end, whose fine features do not grow with the picture. The three sides are in
-    one unit, pixels or latents; both equal to image_d is the plain cosine process. t runs between the process's own
-    sigma_min and sigma_max.
+    log SNR + 2 log(d / image_d) for the same noise on its coarse features. Interpolated: noise_d_low counts at the
+    noisy end, t = 1, noise_d_high at the clean end, whose fine features do not grow with the picture. The three sides
+    are in one unit, pixels or latents; both equal to image_d is the plain cosine process. t runs between the process's
+    own sigma_min and sigma_max.
     """
     for name, side in (("image_d", image_d), ("noise_d_low", noise_d_low), ("noise_d_high", noise_d_high)):
         _positive(side, f"{name} of the cosine-interpolated density")
