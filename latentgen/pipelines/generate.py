@@ -18,7 +18,8 @@ from torch import Tensor
 from latentgen.core.errors import UserError
 from latentgen.diffusion import lookup
 from latentgen.diffusion.guidance import CFG, batched, bind
-from latentgen.diffusion.parameterization import Denoiser, Flow, Parameterization, denoiser
+from latentgen.diffusion.noise import student
+from latentgen.diffusion.parameterization import EDM, VE, Denoiser, Flow, Parameterization, denoiser
 from latentgen.diffusion.samplers import find_sampler
 from latentgen.diffusion.schedules import SCHEDULES
 from latentgen.formats.model_folder import Model
@@ -97,7 +98,8 @@ def _sigmas(request: Request, model: Model) -> Tensor:
     if request.schedule is None and isinstance(parameterization, Flow):
         shift = float(model.schedule.get("shift", 1.0))
         return SCHEDULES["flow"](request.num_inference_steps, parameterization, shift=shift)
-    schedule = lookup(SCHEDULES, request.schedule or "trailing", "schedule")
+    usual = "karras" if isinstance(parameterization, EDM | VE) else "trailing"
+    schedule = lookup(SCHEDULES, request.schedule or usual, "schedule")
     return schedule(request.num_inference_steps, parameterization)
 
 
@@ -105,20 +107,23 @@ def _settings(request: Request) -> Request:
     return dataclasses.replace(request, prompt="", negative_prompt="", seed=0)
 
 
-def start_noise(request: Request, channels: int, times: int) -> Tensor:
-    """The picture's own standard normal noise `[1, c, h, w]`, drawn on the CPU whatever the device."""
+def start_noise(request: Request, channels: int, times: int, augmented_dim: float | None = None) -> Tensor:
+    """The picture's own noise `[1, c, h, w]`, drawn on the CPU whatever the device: standard normal, or PFGM++'s."""
     own = torch.Generator().manual_seed(request.seed)
-    return torch.randn(1, channels, request.height // times, request.width // times, generator=own)
+    noise = torch.randn(1, channels, request.height // times, request.width // times, generator=own)
+    return noise if augmented_dim is None else student(noise, torch.rand(1, generator=own), augmented_dim)
 
 
 def _latents(model: Model, batch: list[Request], on_step: Callable[[int], object] | None) -> Tensor:
     """Sample the latents `[b, c, h, w]` of requests with equal settings."""
     first, device = batch[0], model.unet.device
     sigmas = _sigmas(first, model)
-    noise = torch.cat([start_noise(r, model.vae.config["latent_channels"], factor(model.vae)) for r in batch])
+    parameterization, channels = model.parameterization(), model.vae.config["latent_channels"]
+    augmented_dim = parameterization.augmented_dim if isinstance(parameterization, EDM) else None
+    noise = torch.cat([start_noise(r, channels, factor(model.vae), augmented_dim) for r in batch])
     # Noise alone, as k-diffusion and diffusers start: the data's share of the spread is 0.2 percent at sigma_max 14.6.
     x = float(sigmas[0]) * noise.to(device)
-    denoise = _denoiser(model, batch, model.parameterization())
+    denoise = _denoiser(model, batch, parameterization)
     report = None if on_step is None else lambda i, x, x0_hat: on_step(len(batch))
     latents = find_sampler(first.sampler)(denoise, x, sigmas, on_step=report)
     return latents.to(model.vae.dtype)
@@ -135,7 +140,8 @@ def _denoiser(model: Model, batch: list[Request], parameterization: Parameteriza
         context = torch.cat([states[kind] for kind in kinds]).to(model.unet.dtype)
 
         def network(x_in: Tensor, c_noise: Tensor) -> Tensor:
-            return model.unet(x_in.to(model.unet.dtype), c_noise, encoder_hidden_states=context, return_dict=False)[0]
+            out = model.unet(x_in.to(model.unet.dtype), c_noise, encoder_hidden_states=context, return_dict=False)[0]
+            return out[:, : x_in.shape[1]]  # what may follow is the head of a learned variance
 
         return denoiser(parameterization, network)(x, sigma)
 
