@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from latentgen.core.rand import Draw
-from latentgen.diffusion.parameterization import NoiseTable
+from latentgen.diffusion.noise_tables import NoiseTable
 from latentgen.formats.model_folder import Model
 from latentgen.models.autoencoder import build_autoencoder
 from latentgen.models.clip import Clip, ClipShape, build_clip, to_transformers

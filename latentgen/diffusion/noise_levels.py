@@ -7,6 +7,7 @@ exactly: every density is finite there, because sigma stays in [sigma_min, sigma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -57,6 +58,60 @@ def log_normal(u: Tensor, parameterization: Parameterization, *, p_mean: float =
     return sigma.clamp(parameterization.sigma_min, parameterization.sigma_max)
 
 
+def cosine_interpolated(
+    u: Tensor,
+    parameterization: Parameterization,
+    *,
+    image_d: float = 64.0,
+    noise_d_low: float = 32.0,
+    noise_d_high: float = 64.0,
+) -> Tensor:
+    """The cosine process, shifted for the size of the picture (arXiv 2301.11093). [b].
+
+    With log SNR(t) = -2 log tan(pi t / 2) for pictures of side d, one of side image_d needs
+    log SNR + 2 log(d / image_d) for the same noise on its coarse features. Interpolated: noise_d_low counts at the
+    noisy end, t = 1, noise_d_high at the clean end, whose fine features do not grow with the picture. The three sides
+    are in one unit, pixels or latents; both equal to image_d is the plain cosine process. t runs between the process's
+    own sigma_min and sigma_max.
+    """
+    for name, side in (("image_d", image_d), ("noise_d_low", noise_d_low), ("noise_d_high", noise_d_high)):
+        _positive(side, f"{name} of the cosine-interpolated density")
+    # log(sigma) = -log(SNR) / 2, and tan(pi t / 2) = sigma of the plain cosine process at time t
+    low, high = math.log(image_d / noise_d_low), math.log(image_d / noise_d_high)
+    start = math.atan(parameterization.sigma_min / math.exp(high)) / (math.pi / 2)
+    end = math.atan(parameterization.sigma_max / math.exp(low)) / (math.pi / 2)
+    t = start + u * (end - start)
+    sigma = torch.tan(math.pi / 2 * t) * torch.exp(t * low + (1 - t) * high)
+    return sigma.clamp(parameterization.sigma_min, parameterization.sigma_max)
+
+
+def importance(
+    u: Tensor,
+    parameterization: Parameterization,
+    log_error: Callable[[Tensor], Tensor],
+    *,
+    share: float = 0.9,
+    cells: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """Draw levels as often as their loss is large, and weigh them down by as much. sigma [b], weight [b].
+
+    The variance of the loss is least when p(level) ~ sqrt(E[loss^2]) (arXiv 2102.09672, eq. 18). log_error(sigma: [n])
+    -> [n] is the logarithm of the mean loss, learned along (`LogVariance`): where the spread of the loss goes with its
+    mean, exp of it is that root up to a factor. So there is no history to keep, and every process that holds the same
+    weights draws the same levels. The weight is 1 / p, so that the expected loss is that of the `uniform` density.
+
+    The process's own time is cut into `cells`; `1 - share` of the draws stay uniform, which bounds the weights.
+    """
+    middles = (torch.arange(cells, device=u.device, dtype=torch.float32) + 0.5) / cells
+    learned = torch.softmax(log_error(parameterization.sigma_of_fraction(middles)).float(), dim=0)
+    p = share * learned * cells + (1 - share)  # mean 1
+    edges = torch.cat([p.new_zeros(1), torch.cumsum(p.double(), dim=0) / p.double().sum()])
+    cell = (torch.searchsorted(edges, u.double(), right=True) - 1).clamp(0, cells - 1)
+    inside = ((u - edges[cell]) / (edges[cell + 1] - edges[cell])).clamp(0, 1)
+    fraction = ((cell + inside) / cells).to(u.dtype)
+    return parameterization.sigma_of_fraction(fraction), (1 / p)[cell]
+
+
 def _positive(value: float, name: str) -> None:
     if not value > 0:
         raise UserError(f"{name} is {value}: it must be above 0.")
@@ -66,4 +121,5 @@ DENSITIES: Mapping[str, Density] = {
     "uniform": uniform,
     "logit_normal": logit_normal,
     "log_normal": log_normal,
+    "cosine_interpolated": cosine_interpolated,
 }

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from latentgen.core.errors import UserError
-from latentgen.diffusion.parameterization import EDM, X0, Eps, Flow, NoiseTable, Parameterization, V
+from latentgen.diffusion.noise_tables import NoiseTable
+from latentgen.diffusion.parameterization import X0, Eps, Flow, Parameterization, V
 
 Schedule = Callable[..., Tensor]
 
@@ -157,7 +158,7 @@ def _table(
     """The discrete table behind a time-spacing schedule, after the checks these schedules share."""
     _check_steps(n)
     if not isinstance(parameterization, Eps | V | X0):
-        other = "karras" if isinstance(parameterization, EDM) else "flow"
+        other = "flow" if isinstance(parameterization, Flow) else "karras"
         raise UserError(f"schedule {name!r} needs training times, which this model has not: choose {other!r}.")
     table = parameterization.table
     if at_most_one_step_per_time and n > table.num_timesteps:

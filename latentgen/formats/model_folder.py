@@ -3,7 +3,7 @@
 * model_index.json: which class each part is; StableDiffusionPipeline opens the folder
 * unet/, vae/, text_encoder/: config.json and safetensors
 * tokenizer/: tokenizer.json, tokenizer_config.json
-* scheduler/: scheduler_config.json, what the U-Net predicts and the noise table
+* scheduler/: scheduler_config.json, the process the U-Net was trained on (`formats.scheduler`)
 * latentgen.json: what trained it (ours; other tools ignore it)
 * clip/: both contrastive towers, where they were trained here (ours)
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from latentgen import __version__
 from latentgen.core.errors import UserError
 from latentgen.core.files import write_folder, write_json
-from latentgen.diffusion.parameterization import NoiseTable, Parameterization, make
+from latentgen.diffusion.parameterization import Parameterization
 from latentgen.formats.folder_check import check_folder, read_json
+from latentgen.formats.scheduler import library_of, parameterization, read_schedule, scheduler_config
 
 if TYPE_CHECKING:
     from latentgen.models.clip import Clip
@@ -43,9 +44,8 @@ class Model:
         text_encoder: token ids to context.
         tokenizer: text to token ids.
         unet: the denoising network.
-        prediction: what the U-Net predicts: "eps", "v", "x0" or "flow".
-        schedule: plain data. For eps, v and x0 the fields of `NoiseTable`; for flow `{"shift": s}`, the shift that
-            other tools apply when they sample.
+        prediction: what the U-Net predicts: "eps", "v", "x0", "flow", "edm" or "ve".
+        schedule: the numbers of the process, plain data, as `formats.scheduler` describes them.
         metadata: JSON values; kept in latentgen.json.
     """
 
@@ -63,16 +63,12 @@ class Model:
         Raises:
             UserError: an unknown prediction or noise table.
         """
-        if self.prediction == "flow":
-            return make("flow")
-        return make(self.prediction, _table(self.schedule))
+        return parameterization(self.prediction, self.schedule)
 
-
-def _table(schedule: Mapping[str, Any]) -> NoiseTable:
-    try:
-        return NoiseTable(**schedule)
-    except TypeError as error:
-        raise UserError(f"noise schedule {dict(schedule)} is not one of betas: {error}") from error
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the second half of the U-Net's channels speaks of the variance (arXiv 2102.09672, eq. 15)."""
+        return self.unet.config["out_channels"] == 2 * self.vae.config["latent_channels"]
 
 
 def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None, *, clip: Clip | None = None) -> None:
@@ -90,7 +86,7 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None, *, 
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file()):
         raise UserError(f"{folder} exists and is not a model folder: it is left as it is; choose another name")
-    scheduler = scheduler_config(model.prediction, model.schedule)
+    scheduler = scheduler_config(model.prediction, model.schedule, model.learned_variance)
 
     def fill(target: Path) -> None:
         with quiet_libraries():
@@ -135,92 +131,12 @@ def _index(scheduler: str) -> dict[str, Any]:
         "image_encoder": absent,
         "requires_safety_checker": False,
         "safety_checker": absent,
-        "scheduler": ["diffusers", scheduler],
+        "scheduler": [library_of(scheduler), scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-
-
-def scheduler_config(prediction: str, schedule: Mapping[str, Any]) -> dict[str, Any]:
-    """The scheduler that other tools sample with, as the content of scheduler_config.json.
-
-    eps, v and x0 become EulerDiscreteScheduler with the same noise table. flow becomes DPMSolverMultistepScheduler with
-    flow sigmas, because StableDiffusionPipeline cannot drive FlowMatchEulerDiscreteScheduler. It rounds the
-    time down to a thousandth, which ours does not.
-
-    Raises:
-        UserError: other tools know no such prediction or table.
-    """
-    from diffusers import __version__ as diffusers_version
-
-    # steps_offset is not used by either with this spacing; the pipeline warns of any other value.
-    common = {"_diffusers_version": diffusers_version, "timestep_spacing": "trailing", "steps_offset": 1}
-    if prediction == "flow":
-        return {
-            "_class_name": "DPMSolverMultistepScheduler",
-            **common,
-            "num_train_timesteps": 1000,
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-            "flow_shift": float(schedule.get("shift", 1.0)),
-            "algorithm_type": "dpmsolver++",
-            "solver_order": 2,
-            "solver_type": "midpoint",
-            "final_sigmas_type": "zero",
-        }
-    if prediction not in PREDICTION_TYPES:
-        known = ", ".join([*PREDICTION_TYPES, "flow"])
-        raise UserError(f'a model folder cannot say that the U-Net predicts "{prediction}"; it can say {known}')
-    table = _table(schedule)
-    return {
-        "_class_name": "EulerDiscreteScheduler",
-        **common,
-        "num_train_timesteps": table.num_timesteps,
-        "beta_schedule": "squaredcos_cap_v2" if table.kind == "cosine" else table.kind,
-        "beta_start": table.beta_start,
-        "beta_end": table.beta_end,
-        "rescale_betas_zero_snr": table.zero_terminal_snr,
-        "prediction_type": PREDICTION_TYPES[prediction],
-        "interpolation_type": "linear",
-    }
-
-
-def read_schedule(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
-    """What the U-Net predicts and the noise schedule, from any diffusers scheduler's configuration.
-
-    Absent entries mean what they mean to diffusers: eps, 1000 linear betas from 0.0001 to 0.02.
-
-    Args:
-        config: the content of scheduler_config.json.
-        where: its path, for messages.
-
-    Raises:
-        UserError: it describes no process that we know.
-    """
-    name = str(config.get("_class_name", ""))
-    if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
-        return "flow", {"shift": float(config.get("flow_shift", config.get("shift", 1.0)))}
-    if name.startswith("EDM"):
-        raise UserError(f"{where}: {name} is not supported; models of Stable Diffusion's kind and flow models are")
-    if config.get("trained_betas") is not None:
-        raise UserError(f"{where}: a table of trained betas is not supported; linear, scaled_linear and cosine are")
-    kind = config.get("beta_schedule", "linear")
-    if kind not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
-        raise UserError(f'{where}: beta_schedule "{kind}" is not supported; linear, scaled_linear and cosine are')
-    predicted = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
-    prediction_type = config.get("prediction_type", "epsilon")
-    if prediction_type not in predicted:
-        raise UserError(f'{where}: prediction_type "{prediction_type}" is not one of {", ".join(predicted)}')
-    table = NoiseTable(
-        kind="cosine" if kind == "squaredcos_cap_v2" else kind,
-        num_timesteps=int(config.get("num_train_timesteps", 1000)),
-        beta_start=float(config.get("beta_start", 0.0001)),
-        beta_end=float(config.get("beta_end", 0.02)),
-        zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)),
-    )
-    return predicted[prediction_type], asdict(table)
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
@@ -287,7 +203,7 @@ def _require_fit(model: Model, folder: Path) -> None:
         raise UserError(
             f"{folder}: the U-Net reads text states of width {context}, the text encoder makes {text.hidden_size}"
         )
-    if unet["out_channels"] != vae["latent_channels"]:
+    if unet["out_channels"] not in (vae["latent_channels"], 2 * vae["latent_channels"]):
         raise UserError(
             f"{folder}: the U-Net has {unet['out_channels']} latent channels, the autoencoder {vae['latent_channels']}"
         )
@@ -320,6 +236,3 @@ def quiet_libraries() -> Iterator[None]:
             library.set_verbosity(verbosity)
             if bar:
                 library.enable_progress_bar()
-
-
-PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}

@@ -32,6 +32,7 @@ def build_unet(
     dropout: float = 0.0,
     pooled_text: bool = False,
     time_scale_shift: bool = False,
+    learned_variance: bool = False,
 ) -> UNet2DConditionModel:
     """Build a text-conditioned U-Net with random weights.
 
@@ -54,6 +55,7 @@ def build_unet(
             block; a network that is not given years to learn follows its prompt much sooner.
         time_scale_shift: the time embedding scales and shifts normalised activations (arXiv 2105.05233 section 3),
             instead of being added to them.
+        learned_variance: give [b, 2c, h, w]; the second half speaks of the variance (arXiv 2102.09672, eq. 15).
 
     Raises:
         UserError: the numbers do not fit together.
@@ -81,7 +83,7 @@ def build_unet(
     return UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=latent_channels,
-        out_channels=latent_channels,
+        out_channels=2 * latent_channels if learned_variance else latent_channels,
         down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attention),
         up_block_types=tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attention)),
         block_out_channels=channels,

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from latentgen.core.errors import UserError
 from latentgen.diffusion.brownian import brownian_noise
-from latentgen.diffusion.parameterization import Flow
+from latentgen.diffusion.noise import student
+from latentgen.diffusion.parameterization import EDM, VE, Flow
 from latentgen.diffusion.samplers import find_sampler, resolve
 from latentgen.diffusion.schedules import SCHEDULES
 from latentgen.formats.model_folder import Model
@@ -100,7 +101,8 @@ def _sigmas(request: Request, model: Model) -> Tensor:
     if name in (None, "flow") and isinstance(parameterization, Flow):
         shift = float(model.schedule.get("shift", 1.0))
         return SCHEDULES["flow"](request.num_inference_steps, parameterization, shift=shift)
-    return SCHEDULES[name or "trailing"](request.num_inference_steps, parameterization)
+    usual = "karras" if isinstance(parameterization, EDM | VE) else "trailing"
+    return SCHEDULES[name or usual](request.num_inference_steps, parameterization)
 
 
 def _settings(request: Request) -> tuple[Request, tuple[float, ...]]:
@@ -114,17 +116,20 @@ def _wish(request: Request, sigmas: Tensor) -> Wish:
     return Wish(request.guidance, request.guidance_scale, request.sampler, tuple(sigmas.tolist()), weights)
 
 
-def start_noise(request: Request, channels: int, times: int) -> Tensor:
-    """The picture's own standard normal noise `[1, c, h, w]`, drawn on the CPU whatever the device."""
+def start_noise(request: Request, channels: int, times: int, augmented_dim: float | None = None) -> Tensor:
+    """The picture's own noise `[1, c, h, w]`, drawn on the CPU whatever the device: standard normal, or PFGM++'s."""
     own = torch.Generator().manual_seed(request.seed)
-    return torch.randn(1, channels, request.height // times, request.width // times, generator=own)
+    noise = torch.randn(1, channels, request.height // times, request.width // times, generator=own)
+    return noise if augmented_dim is None else student(noise, torch.rand(1, generator=own), augmented_dim)
 
 
 def _latents(model: Model, weak: Model | None, batch: list[Request], on_step: Callable[[int], object] | None) -> Tensor:
     """Sample the latents `[b, c, h, w]` of requests with equal settings."""
     first, device = batch[0], model.unet.device
     sigmas = _sigmas(first, model)
-    noise = torch.cat([start_noise(r, model.vae.config["latent_channels"], factor(model.vae)) for r in batch])
+    parameterization, channels = model.parameterization(), model.vae.config["latent_channels"]
+    augmented_dim = parameterization.augmented_dim if isinstance(parameterization, EDM) else None
+    noise = torch.cat([start_noise(r, channels, factor(model.vae), augmented_dim) for r in batch])
     # Noise alone, as k-diffusion and diffusers start: the data's share of the spread is 0.2 percent at sigma_max 14.6.
     x = float(sigmas[0]) * noise.to(device)
     prompts = [split_prompt(r.prompt, r.guidance)[0] for r in batch]

@@ -151,7 +151,8 @@ class _Network:
 
         def network(x_in: Tensor, c_noise: Tensor) -> Tensor:
             with perturbed_attention(self.perturbed if weak.stop else [], weak):
-                return unet(x_in.to(unet.dtype), c_noise, encoder_hidden_states=context, return_dict=False)[0]
+                out = unet(x_in.to(unet.dtype), c_noise, encoder_hidden_states=context, return_dict=False)[0]
+            return out[:, : x_in.shape[1]]  # what may follow is the head of a learned variance
 
         return denoiser(self.parameterization, network)(x, sigma)
 

@@ -18,8 +18,9 @@ from latentgen.data.sources.base import Source
 from latentgen.data.sources.folder import FolderSource
 from latentgen.data.sources.shapes import ShapesSource
 from latentgen.diffusion import lookup
-from latentgen.diffusion.losses import WEIGHTS
+from latentgen.diffusion.losses import LOSSES, WEIGHTS
 from latentgen.diffusion.noise_levels import DENSITIES
+from latentgen.diffusion.parameterization import EDM
 from latentgen.diffusion.samplers import find_sampler
 from latentgen.engine.settings import LoopSettings
 from latentgen.formats.model_folder import Model, load_metadata, load_model
@@ -27,6 +28,7 @@ from latentgen.models.autoencoder import build_autoencoder, initialise
 from latentgen.models.clip import Clip, ClipShape, build_clip
 from latentgen.models.unet import build_unet
 from latentgen.pipelines.generate import Request
+from latentgen.recipe.process import check_objective, check_process, process
 from latentgen.recipe.schema import Autoencoder, Recipe, TextEncoder, UNet
 from latentgen.tasks.diffusion import Objective
 from latentgen.tasks.vae import VaeLosses
@@ -67,6 +69,7 @@ def check(recipe: Recipe, processes: int) -> None:
     for stage in (stage for stage, source in own.items() if source is None):
         cut(recipe, stage, world=processes)
     find_sampler(recipe.preview.sampler)
+    check_process(recipe)
     for section in ("autoencoder", "text_encoder", "unet"):
         _warn_of_ignored(section, getattr(recipe, section))
     if recipe.text_encoder.contrasts and recipe.text_encoder.source is None and recipe.data.source != "shapes":
@@ -165,6 +168,7 @@ def new_unet(recipe: Recipe, vae: AutoencoderKL, context_dim: int) -> UNet2DCond
         dropout=u.dropout,
         pooled_text=u.pooled_text,
         time_scale_shift=u.time_scale_shift,
+        learned_variance=recipe.diffusion.learned_variance,
     )
 
 
@@ -174,11 +178,8 @@ def new_model(recipe: Recipe, vae: AutoencoderKL, text_encoder: CLIPTextModel, t
     Raises:
         UserError: `unet.from` does not fit the VAE or the text encoder, or predicts something else than asked.
     """
-    d = recipe.diffusion
     if recipe.unet.source is None:
-        prediction = d.target or "v"
-        table = {"kind": d.schedule, "beta_start": d.beta_start, "beta_end": d.beta_end}
-        schedule = {"shift": 1.0} if prediction == "flow" else table
+        prediction, schedule = process(recipe)
         unet = new_unet(recipe, vae, text_encoder.config.hidden_size)
         return Model(
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, prediction=prediction, schedule=schedule
@@ -214,15 +215,49 @@ def require_fit(recipe: Recipe, start: Model, vae: AutoencoderKL, context_dim: i
 
 
 def objective(recipe: Recipe, model: Model) -> Objective:
-    """Noise levels and loss weights."""
+    """Noise levels, noise, loss and its weights.
+
+    Raises:
+        UserError: the settings do not fit the model, which may come from `unet.from`.
+    """
+    d, p = recipe.diffusion, model.parameterization()
+    check_objective(d, model.learned_variance, isinstance(p, EDM) and p.augmented_dim is not None)
+    weight: Callable = lookup(WEIGHTS, d.weight, "weight")
+    if d.weight in ("min_snr", "soft_min_snr"):
+        weight = partial(weight, gamma=d.min_snr_gamma)
+    elif d.weight == "p2":
+        weight = partial(weight, k=d.p2_k, gamma=d.p2_gamma)
+    loss: Callable = lookup(LOSSES, d.loss, "loss")
+    if d.loss == "huber":
+        loss = partial(loss, c=d.huber_c, schedule=d.huber_schedule)
+    return Objective(
+        p,
+        _density(recipe),
+        weight,
+        posterior(recipe),
+        d.balanced,
+        loss=loss,
+        vlb_weight=d.vlb_weight,
+        offset_noise=d.offset_noise,
+        pyramid_discount=d.pyramid_discount,
+        input_perturbation=d.input_perturbation,
+    )
+
+
+def _density(recipe: Recipe) -> Callable | None:
+    """How training draws noise levels; None is by their loss."""
     d = recipe.diffusion
+    if d.density == "importance":
+        return None
     density: Callable = lookup(DENSITIES, d.density, "density")
     if d.density == "logit_normal":
-        density = partial(density, mean=d.density_mean, std=d.density_std)
-    weight: Callable = lookup(WEIGHTS, d.weight, "weight")
-    if d.weight == "min_snr":
-        weight = partial(weight, gamma=d.min_snr_gamma)
-    return Objective(model.parameterization(), density, weight, posterior(recipe), d.balanced)
+        return partial(density, mean=d.density_mean, std=d.density_std)
+    if d.density == "log_normal":
+        return partial(density, p_mean=d.density_mean, p_std=d.density_std)
+    if d.density == "cosine_interpolated":
+        side = float(recipe.data.resolution)
+        return partial(density, image_d=side, noise_d_low=d.density_low, noise_d_high=d.density_high or side)
+    return density
 
 
 def posterior(recipe: Recipe) -> str:

@@ -148,23 +148,68 @@ class UNet(Section):
 class Diffusion(Section):
     """The noising process, what the network predicts, and how it is taught."""
 
-    target: Literal["eps", "v", "x0", "flow"] | None = Field(
+    target: Literal["eps", "v", "x0", "flow", "edm", "ve"] | None = Field(
         default=None, description="null: v, or what unet.from predicts"
     )
-    schedule: Literal["linear", "scaled_linear", "cosine"] = Field(
-        default="scaled_linear", description="of a new network, unless it predicts flow"
+    schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid", "sigmoid_alpha_bar"] = Field(
+        default="scaled_linear", description="noise table of a new network that predicts eps, v or x0"
     )
     beta_start: float = Field(default=0.00085, gt=0, lt=1)
     beta_end: float = Field(default=0.012, gt=0, lt=1)
-    density: Literal["uniform", "logit_normal"] = Field(
-        default="uniform", description="how training draws noise levels"
+    zero_terminal_snr: bool = Field(
+        default=False, description="the last time of the noise table is pure noise (arXiv 2305.08891; target v or x0)"
     )
-    density_mean: float = 0.0
-    density_std: float = Field(default=1.0, gt=0)
-    weight: Literal["unit", "min_snr", "snr"] = "min_snr"
-    min_snr_gamma: float = Field(default=5.0, gt=0)
+    shift: float = Field(
+        default=1.0, gt=0, description="flow: more than 1 trains and samples at more noise (arXiv 2403.03206, eq. 23)"
+    )
+    shift_resolution: int | None = Field(
+        default=None,
+        ge=1,
+        description="flow: the resolution that `shift` is meant for; it grows with data.resolution (null: with none)",
+    )
+    sigma_data: float = Field(default=1.0, gt=0, description="edm: standard deviation of the latents")
+    sigma_min: float | None = Field(default=None, gt=0, description="edm and ve (null: 0.002 and 0.02)")
+    sigma_max: float | None = Field(default=None, gt=0, description="edm and ve (null: 80 and 100)")
+    augmented_dim: float | None = Field(
+        default=None,
+        gt=0,
+        description="edm: the D of PFGM++, heavier tails of noise (arXiv 2302.04265; null: infinity)",
+    )
+    learned_variance: bool = Field(
+        default=False, description="the network also learns the variance of a step (arXiv 2102.09672; eps, v or x0)"
+    )
+    vlb_weight: float = Field(default=0.001, gt=0, description="of the bound that teaches the variance")
+    density: Literal["uniform", "logit_normal", "log_normal", "cosine_interpolated", "importance"] = Field(
+        default="uniform", description="how training draws noise levels; importance: as often as their loss is large"
+    )
+    density_mean: float = Field(
+        default=0.0, description="of logit(t) for logit_normal, of log(sigma) for log_normal (-1.2 in EDM, for pixels)"
+    )
+    density_std: float = Field(default=1.0, gt=0, description="of the same (1.2 in EDM)")
+    density_low: float = Field(
+        default=32.0, gt=0, description="cosine_interpolated: picture side whose noise suits the coarse features"
+    )
+    density_high: float | None = Field(
+        default=None, gt=0, description="cosine_interpolated: the same of the fine features (null: data.resolution)"
+    )
+    weight: Literal["unit", "snr", "min_snr", "soft_min_snr", "p2", "debiased", "edm"] = "min_snr"
+    min_snr_gamma: float = Field(default=5.0, gt=0, description="of min_snr and soft_min_snr")
+    p2_k: float = Field(default=1.0, gt=0)
+    p2_gamma: float = Field(default=1.0, ge=0)
     balanced: bool = Field(
         default=False, description="divide each noise level's error by its own mean, learned along (arXiv 2312.02696)"
+    )
+    loss: Literal["mse", "huber", "l1"] = "mse"
+    huber_c: float = Field(default=0.1, gt=0, le=1, description="errors above it count linearly (arXiv 2403.16728)")
+    huber_schedule: Literal["exponential", "snr", "constant"] = Field(
+        default="snr", description="how huber_c goes from 1 for clean pictures to its value for noise"
+    )
+    offset_noise: float = Field(default=0.0, ge=0, description="strength of noise that shifts whole channels")
+    pyramid_discount: float = Field(
+        default=0.0, ge=0, lt=1, description="strength of coarser noise, of each grid relative to the one before"
+    )
+    input_perturbation: float = Field(
+        default=0.0, ge=0, description="noise that the network sees and its target does not (arXiv 2301.11706)"
     )
     caption_dropout: float = Field(default=0.1, ge=0, le=1, description="share of captions replaced by the empty one")
 

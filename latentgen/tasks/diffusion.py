@@ -13,16 +13,23 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from latentgen.core.rand import Draw
+from latentgen.diffusion.forward import diffuse
 from latentgen.diffusion.log_variance import LogVariance
-from latentgen.diffusion.losses import denoising_loss
-from latentgen.diffusion.noise_levels import stratified
-from latentgen.diffusion.parameterization import Parameterization, per_example
+from latentgen.diffusion.losses import Loss, mse
+from latentgen.diffusion.noise import offset, perturbed, pyramid, pyramid_sizes, student
+from latentgen.diffusion.noise_levels import importance, stratified
+from latentgen.diffusion.noise_tables import NoiseTable
+from latentgen.diffusion.parameterization import EDM, X0, Eps, Parameterization, V, per_example, to_x0
+from latentgen.diffusion.variational import bound_term, interpolated_log_variance
 from latentgen.engine.task import Phase
 from latentgen.formats.model_folder import Model
 from latentgen.models.autoencoder import latents_of, sample_latents
 from latentgen.models.unet import attention_kernel
 from latentgen.pipelines.generate import Request, generate
 from latentgen.pipelines.pictures import grid, save_png
+
+LEVELS = 4
+"""Parts of the noise levels whose errors are logged apart; each holds as many training examples."""
 
 
 @dataclass(frozen=True)
@@ -31,26 +38,47 @@ class Objective:
 
     Args:
         parameterization: what it predicts.
-        density: (u `[b]` in (0, 1), parameterization) -> sigma `[b]`.
+        density: (u `[b]` in (0, 1), parameterization) -> sigma `[b]`; None draws levels as often as their loss is
+            large, which is learned along.
         weight: (sigma `[b]`, parameterization) -> weight `[b]` of each example's loss.
         posterior: "sample" learns draws from the autoencoder's posterior, "mean" its means.
         balanced: every level's weighted error is divided by its own mean, learned along.
+        loss: (prediction, target `[b, c, h, w]`, fraction of the process's time, sigma `[b]`) -> `[b]`.
+        vlb_weight: of the variational bound, which teaches the variance where the network has channels for it.
+        offset_noise, pyramid_discount, input_perturbation: strengths of the kinds in `diffusion.noise`; 0 is none.
     """
 
     parameterization: Parameterization
-    density: Callable[[Tensor, Parameterization], Tensor]
+    density: Callable[[Tensor, Parameterization], Tensor] | None
     weight: Callable[[Tensor, Parameterization], Tensor]
     posterior: str = "sample"
     balanced: bool = False
+    loss: Loss = mse
+    vlb_weight: float = 0.001
+    offset_noise: float = 0.0
+    pyramid_discount: float = 0.0
+    input_perturbation: float = 0.0
 
 
 @dataclass(frozen=True)
 class Noised:
-    """One batch's draws: `x0`, `noise` `[b, c, h, w]`, `sigma` `[b]`, `context` `[b, t, d]`."""
+    """One batch's draws.
+
+    Args:
+        x0, noise: `[b, c, h, w]`; `noise` is what the target speaks of.
+        x: `[b, c, h, w]`, what the network is shown, before its scaling.
+        sigma: `[b]`.
+        share: `[b]`, what each example counts where its level was drawn more often than others (else 1).
+        quantile: `[b]` in [0, 1], where sigma stands among the levels drawn.
+        context: `[b, t, d]`.
+    """
 
     x0: Tensor
     noise: Tensor
+    x: Tensor
     sigma: Tensor
+    share: Tensor
+    quantile: Tensor
     context: Tensor
 
 
@@ -81,7 +109,7 @@ class DiffusionTask:
         self.kernel, self.dtype = kernel, dtype
         self.modules: dict[str, nn.Module] = {"unet": model.unet}
         self.averaged: tuple[str, ...] = ("unet",)
-        if objective.balanced:
+        if objective.balanced or objective.density is None:
             self.modules["log_variance"] = LogVariance()
 
     def phases(self) -> tuple[Phase, ...]:
@@ -89,34 +117,74 @@ class DiffusionTask:
         return (Phase("unet", tuple(self.modules)),)
 
     def draws(self, batch: Any, draw: Draw) -> Noised:
-        """The random part of a step, a pure function of the step and the position in the global batch."""
+        """The random part of a step, a function of the step, the position in the global batch and, where levels are
+        drawn by their loss, of what has been learned of it."""
         device, shape = self.model.unet.device, batch["mean"].shape[1:]
         z = batch["mean"]
         if self.objective.posterior == "sample":
             z = sample_latents(z, batch["std"], draw.normal("posterior", shape))
+        x0 = latents_of(self.model.vae, z).to(device)
         u = stratified(draw.uniform("level"), draw.permutation("stratum"), draw.global_batch)
-        sigma = self.objective.density(u, self.objective.parameterization)
-        noise = draw.normal("noise", shape)
-        return Noised(
-            latents_of(self.model.vae, z).to(device), noise.to(device), sigma.to(device), batch["context"].to(device)
-        )
+        sigma, share = self._levels(u)
+        noise = self._noise(draw, shape)
+        shown = noise
+        if self.objective.input_perturbation > 0:
+            shown = perturbed(noise, draw.normal("perturbation", shape), self.objective.input_perturbation)
+        x = diffuse(x0, shown.to(device), sigma)
+        return Noised(x0, noise.to(device), x, sigma, share, u.to(device), batch["context"].to(device))
+
+    def _levels(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """sigma `[b]`, and what each example counts `[b]`, on the network's device."""
+        p, device = self.objective.parameterization, self.model.unet.device
+        if self.objective.density is not None:
+            sigma = self.objective.density(u, p).to(device)
+            return sigma, torch.ones_like(sigma)
+        with torch.no_grad():
+            return importance(u.to(device), p, self.modules["log_variance"])
+
+    def _noise(self, draw: Draw, shape: torch.Size) -> Tensor:
+        """The noise of this objective `[b, c, h, w]`, on the CPU."""
+        o, noise = self.objective, draw.normal("noise", shape)
+        if o.pyramid_discount > 0:
+            sizes = pyramid_sizes(shape[1], shape[2])
+            coarser = [draw.normal(f"pyramid {i}", (shape[0], *size)) for i, size in enumerate(sizes)]
+            noise = pyramid(noise, coarser, o.pyramid_discount)
+        if o.offset_noise > 0:
+            noise = offset(noise, draw.normal("offset", (shape[0], 1, 1)), o.offset_noise)
+        if isinstance(o.parameterization, EDM) and o.parameterization.augmented_dim is not None:
+            noise = student(noise, draw.uniform("radius"), o.parameterization.augmented_dim)
+        return noise
 
     def losses(self, phase: str, batch: Any, draw: Draw) -> dict[str, Tensor]:
-        """`loss`: the weighted squared error of the prediction, or its likelihood; `error`: without weights."""
-        d, p = self.draws(batch, draw), self.objective.parameterization
+        """Means over the batch.
+
+        `loss`: what is minimised; `error`: the squared error of the prediction without weights, and of it `error/1` to
+        `error/4`, the quarters of the noise levels from the cleanest to the noisiest; `vlb`, where the variance is
+        learned: the variational bound's terms summed over all times, in bits per dimension.
+        """
+        d, p, o = self.draws(batch, draw), self.objective.parameterization, self.objective
         c = p.scalings(d.sigma)
-        x = d.x0 + per_example(d.sigma, d.noise) * d.noise
         unet = self.modules["unet"]
-        with attention_kernel(self.kernel, device=x.device, dtype=self.dtype, training=True):
-            x_in = per_example(c.c_in, x) * x
-            prediction = unet(x_in, c.c_noise, encoder_hidden_states=d.context, return_dict=False)[0]
-        target = p.target(d.x0, d.noise, d.sigma)
-        error = denoising_loss(prediction.float(), target, torch.ones_like(d.sigma))
-        weighted = error * self.objective.weight(d.sigma, p)
-        if self.objective.balanced:
+        with attention_kernel(self.kernel, device=d.x.device, dtype=self.dtype, training=True):
+            x_in = per_example(c.c_in, d.x) * d.x
+            out = unet(x_in, c.c_noise, encoder_hidden_states=d.context, return_dict=False)[0].float()
+        prediction, target = out[:, : d.x.shape[1]], p.target(d.x0, d.noise, d.sigma)
+        fraction = p.fraction_of_sigma(d.sigma)
+        error = mse(prediction, target, fraction, d.sigma)
+        each = (error if o.loss is mse else o.loss(prediction, target, fraction, d.sigma)) * o.weight(d.sigma, p)
+        loss = each * d.share
+        if "log_variance" in self.modules:
             u = self.modules["log_variance"](d.sigma)
-            weighted = weighted * torch.exp(-u) + u
-        return {"loss": weighted.mean(), "error": error.mean()}
+            if o.balanced:
+                loss = each * torch.exp(-u) + u
+            else:  # only learned, not minimised: its gradient is added, its value is not
+                learned = each.detach() * torch.exp(-u) + u
+                loss = loss + learned - learned.detach()
+        values = {"error": error.mean(), **_by_level(error, d.quantile)}
+        if self.model.learned_variance:
+            vlb = _vlb(p, prediction.detach(), out[:, d.x.shape[1] :], d) * d.share
+            loss, values["vlb"] = loss + o.vlb_weight * vlb, vlb.mean()
+        return {"loss": loss.mean(), **values}
 
     def preview(self, averaged: Mapping[str, nn.Module], step: int, folder: Path) -> dict[str, float]:
         """Draw the preview requests with the averaged U-Net."""
@@ -127,3 +195,30 @@ class DiffusionTask:
         sheet = grid(pictures, self.columns, prompts, scale=max(1, 128 // pictures[0].width))
         save_png(sheet, folder / f"{step:08d}.png")
         return {}
+
+
+def _by_level(error: Tensor, quantile: Tensor) -> dict[str, Tensor]:
+    """The mean error of each part of the noise levels, as means over the batch.
+
+    A part holds 1 / LEVELS of the global batch, because levels are stratified: the mean over the batch of LEVELS times
+    the error of its members is their mean, however the batch is cut, and no counts have to be carried along. (It is
+    exact where LEVELS divides the global batch, and right on average where it does not.)
+    """
+    part = (quantile * LEVELS).long().clamp(max=LEVELS - 1)
+    return {f"error/{k + 1}": LEVELS * (error.detach() * (part == k)).mean() for k in range(LEVELS)}
+
+
+def _vlb(p: Parameterization, prediction: Tensor, head: Tensor, d: Noised) -> Tensor:
+    """T times one term of the variational bound, from each example's time to the one before. `[b]`, bits per dimension.
+
+    Where times are drawn uniformly its mean is the sum of all T terms (arXiv 2102.09672, eq. 4 and 16, lambda = 0.001).
+    Another density weighs the terms, but each has its own optimum of the variance, which stays where it is. The mean is
+    not taught by it, as in the paper.
+    """
+    assert isinstance(p, Eps | V | X0)
+    table: NoiseTable = p.table
+    t = table.t_of_sigma(d.sigma)
+    below = torch.where(t >= 1, table.sigma_of_t(t - 1), torch.zeros_like(t))
+    spread = interpolated_log_variance(head, d.sigma, below)
+    x0_hat = to_x0(p, prediction, d.x, d.sigma)
+    return table.num_timesteps * bound_term(d.x0, d.x, x0_hat, spread, d.sigma, below)

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentgen.core.errors import UserError
-from latentgen.diffusion.noise_levels import DENSITIES, log_normal, logit_normal, stratified, uniform
+from latentgen.diffusion.noise_levels import (
+    DENSITIES,
+    cosine_interpolated,
+    importance,
+    log_normal,
+    logit_normal,
+    stratified,
+    uniform,
+)
 from latentgen.diffusion.parameterization import PARAMETERIZATIONS, V, make
 
 
@@ -63,6 +71,81 @@ def test_normal_densities_have_their_mean_and_spread() -> None:
     assert torch.logit(t).std().item() == pytest.approx(1.1, abs=1e-2)
 
 
+@given(u=st.floats(0.001, 0.999), image=st.floats(8, 512), low=st.floats(8, 64), high=st.floats(8, 512))
+def test_cosine_interpolated_is_the_papers_formula(u: float, image: float, low: float, high: float) -> None:
+    """log SNR = t (shifted to low) + (1 - t) (shifted to high), each -2 log tan(pi t / 2) + 2 log(d / image)."""
+    wide = make("edm", sigma_min=1e-9, sigma_max=1e9)  # so that t is u but for the ends
+    t = torch.tensor([u], dtype=torch.float64)
+    sigma = cosine_interpolated(t, wide, image_d=image, noise_d_low=low, noise_d_high=high)
+    plain = -2 * torch.log(torch.tan(math.pi * t / 2))
+    log_snr = t * (plain + 2 * math.log(low / image)) + (1 - t) * (plain + 2 * math.log(high / image))
+    torch.testing.assert_close(-2 * sigma.log(), log_snr, rtol=0, atol=1e-4)
+
+
+def test_larger_pictures_are_trained_at_more_noise() -> None:
+    u, p = torch.linspace(0.05, 0.95, 19, dtype=torch.float64), make("edm", sigma_min=1e-5, sigma_max=1e5)
+    small = cosine_interpolated(u, p, image_d=32, noise_d_low=32, noise_d_high=32)
+    shifted = cosine_interpolated(u, p, image_d=256, noise_d_low=32, noise_d_high=32)
+    torch.testing.assert_close(shifted / small, torch.full_like(u, 8.0), rtol=1e-2, atol=0)
+    between = cosine_interpolated(u, p, image_d=256, noise_d_low=32, noise_d_high=256)
+    assert ((between > small) & (between < shifted)).all()
+    assert (between / small).diff().min() > 0, "the coarse features of the noisy end shift most"
+
+
+def bump(sigma: torch.Tensor) -> torch.Tensor:
+    """A learned log-error with a maximum at sigma = 1."""
+    return -(sigma.log() ** 2)
+
+
+@given(target=st.sampled_from(sorted(PARAMETERIZATIONS)), height=st.floats(0, 8))
+def test_importance_weights_undo_the_density(target: str, height: float) -> None:
+    """E[weight * f(sigma)] is E[f(sigma)] of the uniform density, whatever was learned."""
+    p, n = make(target), 20_000
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    sigma, weight = importance(u, p, lambda s: height * bump(s))
+    uniform_sigma = uniform(u, p)
+    for f in (torch.ones_like, torch.log, lambda s: 1 / (1 + s)):
+        found, expected = (weight * f(sigma)).mean(), f(uniform_sigma).mean()
+        torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3)
+    assert weight.max() <= 10 + 1e-3, "a tenth of the draws stays uniform"
+    assert (sigma.diff() >= 0).all()
+    assert sigma.min() >= p.sigma_min * (1 - 1e-4)
+    assert sigma.max() <= p.sigma_max * (1 + 1e-4)
+
+
+def test_levels_are_drawn_as_often_as_their_error_is_large() -> None:
+    p, n = make("edm"), 40_000
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    sigma, weight = importance(u, p, bump)
+    fraction = p.fraction_of_sigma(sigma)
+    counts = torch.histc(fraction, bins=16, min=0, max=1) / n
+    middles = p.sigma_of_fraction((torch.arange(256, dtype=torch.float64) + 0.5) / 256)
+    expected = (0.9 * torch.softmax(bump(middles), 0) + 0.1 / 256).reshape(16, 16).sum(1)
+    torch.testing.assert_close(counts, expected, rtol=0, atol=1e-3)
+    where = weight.argmin()
+    assert sigma[where].item() == pytest.approx(1.0, rel=0.1), "weighed down most where drawn most"
+
+
+def test_before_anything_is_learned_importance_is_uniform() -> None:
+    u, p = torch.rand(64), V()
+    sigma, weight = importance(u, p, torch.zeros_like)
+    torch.testing.assert_close(sigma, uniform(u, p), rtol=1e-4, atol=0)
+    torch.testing.assert_close(weight, torch.ones(64))
+
+
+def test_the_least_variance_is_that_of_importance() -> None:
+    """For losses whose spread goes with their mean, drawing by the mean halves the estimate's variance and more."""
+    p, n = make("edm"), 4000
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.rand(n, generator=generator, dtype=torch.float64) * 2
+    u = torch.rand(n, generator=generator, dtype=torch.float64)
+    sigma, weight = importance(u, p, bump)
+    plain = bump(uniform(u, p)).exp() * spread
+    drawn = bump(sigma).exp() * spread * weight
+    assert drawn.mean().item() == pytest.approx(plain.mean().item(), rel=0.15)
+    assert drawn.var() < 0.5 * plain.var()
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan])
 def test_bad_spreads_are_refused(bad: float) -> None:
     u = torch.full((2,), 0.5)
@@ -70,5 +153,7 @@ def test_bad_spreads_are_refused(bad: float) -> None:
         logit_normal(u, make("flow"), std=bad)
     with pytest.raises(UserError, match="p_std"):
         log_normal(u, make("edm"), p_std=bad)
+    with pytest.raises(UserError, match="noise_d_low"):
+        cosine_interpolated(u, make("edm"), noise_d_low=bad)
     with pytest.raises(UserError, match="global batch"):
         stratified(u, torch.zeros(2), 0)

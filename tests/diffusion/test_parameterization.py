@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentgen.core.errors import UserError
+from latentgen.diffusion.noise_tables import NoiseTable
 from latentgen.diffusion.parameterization import (
-    BETAS,
     EDM,
     PARAMETERIZATIONS,
+    VE,
     X0,
     Eps,
     Flow,
-    NoiseTable,
     Parameterization,
     V,
     convert,
@@ -30,7 +30,6 @@ from latentgen.diffusion.parameterization import (
 )
 
 ALL: dict[str, Parameterization] = {name: make(name) for name in PARAMETERIZATIONS}
-TABLES = [NoiseTable(kind) for kind in ("linear", "scaled_linear", "cosine")] + [NoiseTable(zero_terminal_snr=True)]
 
 log_sigma = st.floats(-6.0, 7.0)
 names = st.sampled_from(sorted(ALL))
@@ -61,9 +60,12 @@ def test_scalings_applied_to_target_give_back_x0(name: str, logs: tuple[float, f
 def test_network_input_and_target_have_unit_scale_for_white_data(name: str, logs: tuple[float, float]) -> None:
     """For data and noise of variance 1: exactly 1 for VP and EDM inputs; flow inputs are (1-t) x0 + t noise."""
     sigma = torch.tensor(logs, dtype=torch.float64).exp()
-    spread = ALL[name].scalings(sigma).c_in * (1 + sigma**2).sqrt()
+    c_in = ALL[name].scalings(sigma).c_in
+    spread = c_in * (1 + sigma**2).sqrt()
     if name == "flow":
         assert ((spread > 0.7) & (spread <= 1)).all()
+    elif name == "ve":
+        assert torch.equal(c_in, torch.ones_like(sigma)), "the network sees x itself"
     else:
         torch.testing.assert_close(spread, torch.ones_like(spread))
 
@@ -77,37 +79,6 @@ def test_predictions_convert_exactly(source: str, to: str, log: float, seed: int
     torch.testing.assert_close(convert(given_target, x, sigma, ALL[source], ALL[to]), wanted, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(from_x0(ALL[to], x0, x, sigma), wanted, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(to_x0(ALL[source], given_target, x, sigma), x0, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("table", TABLES, ids=str)
-def test_time_and_sigma_are_inverse_and_clamped(table: NoiseTable) -> None:
-    t = torch.cat([torch.arange(1000, dtype=torch.float64), torch.linspace(0, 999, 777, dtype=torch.float64)])
-    torch.testing.assert_close(table.t_of_sigma(table.sigma_of_t(t)), t, rtol=0, atol=1e-6)
-    torch.testing.assert_close(table.sigma_of_t(t[:1000]), table.sigmas)
-    assert (table.sigmas.diff() > 0).all()
-    below_and_above = torch.tensor([0.0, 1e-9, 1e9, float("inf")])
-    assert table.t_of_sigma(below_and_above).tolist() == [0, 0, 999, 999]
-    assert torch.equal(table.sigma_of_t(torch.tensor([-5.0, 2000.0])), table.sigma_of_t(torch.tensor([0.0, 999.0])))
-
-
-@pytest.mark.parametrize("table", TABLES, ids=str)
-def test_float32_finds_the_integer_time(table: NoiseTable) -> None:
-    t = table.t_of_sigma(table.sigmas.float())
-    assert t.dtype == torch.float32
-    torch.testing.assert_close(t, torch.arange(1000.0), rtol=0, atol=2e-4)
-
-
-@pytest.mark.parametrize("kind", sorted(BETAS))
-@pytest.mark.parametrize("zero_terminal_snr", [False, True])
-def test_alpha_bar_is_the_published_table(kind: str, zero_terminal_snr: bool) -> None:
-    ours = NoiseTable(kind, zero_terminal_snr=zero_terminal_snr).alpha_bar
-    theirs = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="squaredcos_cap_v2" if kind == "cosine" else kind,
-        rescale_betas_zero_snr=zero_terminal_snr,
-    ).alphas_cumprod
-    torch.testing.assert_close(ours.float(), theirs, rtol=2e-3, atol=1e-6)
 
 
 def test_training_pairs_are_those_of_diffusers() -> None:
@@ -169,20 +140,36 @@ def test_denoiser_with_a_perfect_network_returns_x0(name: str, dtype: torch.dtyp
     assert x0_hat.isfinite().all()
 
 
+@given(u=st.floats(0, 1), shift=st.floats(0.2, 8), name=names)
+def test_fraction_is_the_inverse_of_own_time(u: float, shift: float, name: str) -> None:
+    p = Flow(shift=shift) if name == "flow" else ALL[name]
+    fraction = torch.tensor([u], dtype=torch.float64)
+    there_and_back = p.fraction_of_sigma(p.sigma_of_fraction(fraction))
+    held = fraction
+    if isinstance(p, Flow):  # its ends are held at t_min and t_max
+        held = fraction.clamp(*p.fraction_of_sigma(torch.tensor([p.sigma_min, p.sigma_max], dtype=torch.float64)))
+    torch.testing.assert_close(there_and_back, held, rtol=0, atol=1e-9)
+
+
+@given(u=st.floats(0.01, 0.99), shift=st.floats(0.2, 8))
+def test_flow_shift_is_the_papers_time_shift(u: float, shift: float) -> None:
+    """arXiv 2403.03206, eq. 23; in sigma it is a factor."""
+    fraction = torch.tensor([u], dtype=torch.float64)
+    shifted = Flow(shift=shift, t_min=1e-4, t_max=1 - 1e-4).sigma_of_fraction(fraction)
+    torch.testing.assert_close(shifted / (1 + shifted), shift * fraction / (1 + (shift - 1) * fraction))
+    torch.testing.assert_close(shifted, shift * fraction / (1 - fraction))
+
+
+def test_ve_scalings_are_those_of_the_paper() -> None:
+    """arXiv 2206.00364, table 1, second column."""
+    c = VE().scalings(torch.tensor([3.0], dtype=torch.float64))
+    assert [scaling.item() for scaling in c] == pytest.approx([1, 3, 1, math.log(1.5)])
+
+
 def test_edm_scalings_are_those_of_the_paper() -> None:
     """arXiv 2206.00364, table 1, at sigma = 3 and sigma_data = 4, where the root is 5."""
     c = EDM(sigma_data=4.0).scalings(torch.tensor([3.0], dtype=torch.float64))
     assert [scaling.item() for scaling in c] == pytest.approx([16 / 25, 12 / 5, 1 / 5, math.log(3) / 4])
-
-
-def test_table_made_while_sampling_serves_training() -> None:
-    table = NoiseTable(num_timesteps=37)
-    with torch.inference_mode():
-        table.sigma_of_t(torch.zeros(1))
-    sigma = torch.tensor([0.1], requires_grad=True)
-    table.t_of_sigma(sigma).sum().backward()
-    assert sigma.grad is not None
-    assert sigma.grad.item() > 0
 
 
 @pytest.mark.parametrize(
@@ -191,11 +178,12 @@ def test_table_made_while_sampling_serves_training() -> None:
         (lambda: make("epsilom"), "eps"),
         (lambda: make("eps", NoiseTable(zero_terminal_snr=True)), "zero-terminal"),
         (lambda: make("edm", sigma_data=0), "sigma_data"),
-        (lambda: NoiseTable("cosin"), "cosine"),
-        (lambda: NoiseTable(num_timesteps=1), "num_timesteps"),
-        (lambda: NoiseTable(beta_start=0.5, beta_end=0.1), "beta_start"),
+        (lambda: make("flow", sigma_data=1.0), "sigma_data"),
         (lambda: Flow(t_max=1.0), "t_max"),
+        (lambda: Flow(shift=0.0), "shift"),
         (lambda: EDM(sigma_min=3, sigma_max=2), "sigma_min"),
+        (lambda: EDM(augmented_dim=math.inf), "augmented_dim"),
+        (lambda: VE(sigma_min=3, sigma_max=2), "sigma_min"),
     ],
 )
 def test_mistakes_are_told_in_one_line(build, word: str) -> None:

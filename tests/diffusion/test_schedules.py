@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from latentgen.core.errors import UserError
-from latentgen.diffusion.parameterization import PARAMETERIZATIONS, NoiseTable, make
+from latentgen.diffusion.noise_tables import NoiseTable
+from latentgen.diffusion.parameterization import PARAMETERIZATIONS, make
 from latentgen.diffusion.schedules import (
     SCHEDULES,
     beta,
@@ -33,7 +34,7 @@ AT_SIGMA_MIN = {"karras", "exponential", "polyexponential", "linspace"}
     name=st.sampled_from(sorted(SCHEDULES)), target=st.sampled_from(sorted(PARAMETERIZATIONS)), n=st.integers(1, 1000)
 )
 def test_descending_to_zero_within_the_range(name: str, target: str, n: int) -> None:
-    assume(not (name in OF_TIMES and target in ("flow", "edm")))
+    assume(not (name in OF_TIMES and target in ("flow", "edm", "ve")))
     assume(not (name == "leading" and n == 1000))  # with steps_offset 1 the last time would be 1000
     p = make(target)
     sigmas = SCHEDULES[name](n, p)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from latentgen.diffusion.parameterization import NoiseTable
+from latentgen.diffusion.noise_tables import NoiseTable
 from latentgen.formats.model_folder import Model, save_model
 from latentgen.models.autoencoder import build_autoencoder
 from latentgen.models.clip import Clip, ClipShape, build_clip, to_transformers

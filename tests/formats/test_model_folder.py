@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from latentgen.core.errors import UserError
-from latentgen.diffusion.parameterization import Flow, NoiseTable
+from latentgen.diffusion.noise_tables import NoiseTable
+from latentgen.diffusion.parameterization import Flow
 from latentgen.formats.model_folder import (
     Model,
     load_model,
     quiet_libraries,
-    read_schedule,
     save_model,
-    scheduler_config,
 )
+from latentgen.formats.scheduler import parameterization, read_schedule, scheduler_config
 from latentgen.models.clip import load_clip
 from latentgen.models.text import tokenize
 
@@ -108,6 +108,47 @@ def test_schedules_survive_the_scheduler_file(prediction: str, table: NoiseTable
     assert read_schedule(config, "here") == (prediction, asdict(table))
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "sigmoid_alpha_bar"])
+@pytest.mark.parametrize("zero", [False, True])
+def test_tables_that_others_have_no_name_for_survive_as_numbers(kind: str, zero: bool) -> None:
+    table = NoiseTable(kind, 300, zero_terminal_snr=zero)
+    config = json.loads(json.dumps(scheduler_config("v", asdict(table))))
+    assert "beta_schedule" not in config
+    prediction, schedule = read_schedule(config, "here")
+    assert prediction == "v"
+    torch.testing.assert_close(NoiseTable(**schedule).sigmas, table.sigmas, rtol=1e-9, atol=0)
+    assert read_schedule(json.loads(json.dumps(scheduler_config("v", schedule))), "here") == (prediction, schedule)
+
+
+def test_a_sigmoid_table_of_diffusers_is_ours() -> None:
+    config = {"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid", "beta_start": 0.001, "beta_end": 0.02}
+    expected = NoiseTable("sigmoid", beta_start=0.001, beta_end=0.02)
+    assert read_schedule(config, "here") == ("eps", asdict(expected))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "schedule"),
+    [
+        ("edm", {"sigma_data": 0.7, "sigma_min": 0.01, "sigma_max": 50.0, "augmented_dim": None}),
+        ("edm", {"sigma_data": 1.0, "sigma_min": 0.002, "sigma_max": 80.0, "augmented_dim": 128.0}),
+        ("ve", {"sigma_min": 0.01, "sigma_max": 30.0}),
+    ],
+)
+def test_ranges_of_sigma_survive_the_model_folder(prediction: str, schedule: dict, tiny_model, tmp_path: Path) -> None:
+    save_model(tiny_model(prediction, schedule), tmp_path / "model")
+    again = load_model(tmp_path / "model")
+    assert (again.prediction, again.schedule) == (prediction, schedule)
+    assert again.parameterization() == parameterization(prediction, schedule)
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    known = schedule.get("augmented_dim", 0) is None
+    assert index["scheduler"][0] == ("diffusers" if known else "latentgen"), "what they cannot draw they must refuse"
+
+
+def test_numbers_left_out_are_written_down() -> None:
+    assert scheduler_config("edm", {})["sigma_data"] == 1.0, "diffusers would take 0.5"
+    assert read_schedule({"_class_name": "EDMEulerScheduler"}, "here")[1]["sigma_data"] == 0.5
+
+
 def test_flow_survives_with_its_shift() -> None:
     config = scheduler_config("flow", {"shift": 3.0})
     assert read_schedule(config, "here") == ("flow", {"shift": 3.0})
@@ -121,8 +162,8 @@ def test_flow_model_is_a_flow(tiny_model, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_said_is_refused(tiny_model, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match='"edm"'):
-        save_model(tiny_model("edm", {}), tmp_path / "model")
+    with pytest.raises(UserError, match='"score"'):
+        save_model(tiny_model("score", {}), tmp_path / "model")
     with pytest.raises(UserError, match="betas"):
         save_model(tiny_model("eps", {"shift": 1.0}), tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -131,9 +172,10 @@ def test_what_cannot_be_said_is_refused(tiny_model, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler"),
-        ({"trained_betas": [0.1]}, "trained betas"),
-        ({"beta_schedule": "sigmoid"}, "sigmoid"),
+        ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, "EDMEulerScheduler"),
+        ({"trained_betas": [0.1]}, "num_timesteps"),
+        ({"trained_betas": [0.1, 2]}, "trained_betas"),
+        ({"beta_schedule": "laplace"}, "laplace"),
         ({"prediction_type": "noise"}, "noise"),
     ],
 )

@@ -22,8 +22,9 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from latentgen.diffusion.parameterization import NoiseTable
-from latentgen.formats.model_folder import load_model, save_model, scheduler_config
+from latentgen.diffusion.noise_tables import NoiseTable
+from latentgen.formats.model_folder import load_model, save_model
+from latentgen.formats.scheduler import scheduler_config
 from latentgen.models.autoencoder import decode
 from latentgen.models.text import encode_text, train_tokenizer
 

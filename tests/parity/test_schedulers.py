@@ -69,7 +69,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from latentgen.diffusion.parameterization import Eps, Flow, NoiseTable, Parameterization, V, denoiser
+from latentgen.diffusion.noise_tables import NoiseTable
+from latentgen.diffusion.parameterization import Eps, Flow, Parameterization, V, denoiser
 from latentgen.diffusion.samplers import SAMPLERS, ddim, dpmpp_2m, euler, heun
 from latentgen.diffusion.schedules import SCHEDULES
 

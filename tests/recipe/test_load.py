@@ -14,6 +14,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from latentgen.core.errors import UserError
+from latentgen.diffusion.losses import LOSSES, WEIGHTS
+from latentgen.diffusion.noise_levels import DENSITIES
+from latentgen.diffusion.noise_tables import BETAS
+from latentgen.diffusion.parameterization import PARAMETERIZATIONS
 from latentgen.engine.settings import LoopSettings
 from latentgen.recipe.load import dump_recipe, load_recipe, recipe_schema, valid_keys
 from latentgen.recipe.schema import Recipe
@@ -78,7 +82,7 @@ def test_a_key_unlike_any_other_lists_the_sections() -> None:
         ("train: {learning_rate: -1e-3}", "`train.learning_rate`: Input should be greater than 0 (found -0.001)"),
         (
             "diffusion: {target: noise}",
-            "`diffusion.target`: Input should be 'eps', 'v', 'x0' or 'flow' (found 'noise')",
+            "`diffusion.target`: Input should be 'eps', 'v', 'x0', 'flow', 'edm' or 've' (found 'noise')",
         ),
         ("data: 3", "`data`: Input should be a valid dictionary or instance of Data (found 3)"),
         ("name: a/b", "`name`: String should match pattern"),
@@ -204,7 +208,12 @@ def test_the_schema_describes_every_key() -> None:
     assert "from" in sections["Autoencoder"]["properties"]
     assert "source" not in sections["Autoencoder"]["properties"]
     assert sections["Train"]["properties"]["steps"]["minimum"] == 1
-    assert sections["Diffusion"]["properties"]["weight"]["enum"] == ["unit", "min_snr", "snr"]
+    choices = sections["Diffusion"]["properties"]
+    assert set(choices["weight"]["enum"]) == set(WEIGHTS)
+    assert set(choices["loss"]["enum"]) == set(LOSSES)
+    assert set(choices["density"]["enum"]) == {*DENSITIES, "importance"}
+    assert set(choices["schedule"]["enum"]) == set(BETAS) - {"squaredcos_cap_v2"}
+    assert set(choices["target"]["anyOf"][0]["enum"]) == set(PARAMETERIZATIONS)
     assert all(section["additionalProperties"] is False for section in sections.values())
 
 

@@ -17,9 +17,12 @@ from torch import Tensor
 from latentgen.core.rand import Draw
 from latentgen.data.fetch import CachedBatches
 from latentgen.diffusion.losses import min_snr, unit
+from latentgen.diffusion.noise import student
 from latentgen.diffusion.noise_levels import uniform
-from latentgen.diffusion.parameterization import Flow, V
+from latentgen.diffusion.parameterization import EDM, Flow, V, to_x0
+from latentgen.diffusion.variational import bound_term, interpolated_log_variance
 from latentgen.formats.model_folder import Model
+from latentgen.models.unet import build_unet
 from latentgen.pipelines.generate import Request
 from latentgen.tasks.diffusion import DiffusionTask, Objective
 
@@ -74,12 +77,28 @@ def test_a_foreign_autoencoders_scaling_is_applied(tiny_builder: Callable[..., M
     torch.testing.assert_close(task(model).draws(batch, d).x0, (z - 0.5) * 0.25)
 
 
+def changed(model: Model, **objective: Any) -> DiffusionTask:
+    made = task(model)
+    return DiffusionTask(model, dataclasses.replace(made.objective, **objective), made.previews, columns=2)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "other noise": {"offset_noise": 0.1, "pyramid_discount": 0.5, "input_perturbation": 0.1},
+    "pfgm++": {"parameterization": EDM(augmented_dim=8.0)},
+    "by loss": {"density": None},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_draws_do_not_depend_on_the_micro_batch(size: int, tiny: Model, draw: DrawOf) -> None:
-    made, fetch = task(tiny), cached()
+def test_draws_do_not_depend_on_the_micro_batch(kind: str, size: int, tiny: Model, draw: DrawOf) -> None:
+    made, fetch = changed(tiny, **KINDS[kind]), cached()
+    if kind == "by loss":
+        torch.nn.init.normal_(made.modules["log_variance"].get_parameter("series"), std=0.1)
     whole = made.draws(fetch(draw()), draw())
     parts = [made.draws(fetch(d), d) for d in (draw(range(at, at + size)) for at in range(0, 8, size))]
-    for name in ("x0", "noise", "sigma", "context"):
+    for name in ("x0", "noise", "x", "sigma", "share", "quantile", "context"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
 
 
@@ -144,6 +163,126 @@ def test_balanced_levels_are_divided_by_their_learned_error(tiny: Model, draw: D
     expected = u(made.draws(fetch(d), d).sigma)
     loss = made.losses("unet", fetch(d), d)["loss"]
     torch.testing.assert_close(loss, (torch.stack(each) * torch.exp(-expected) + expected).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_input_is_perturbed_and_only_by_what_is_asked(tiny: Model, draw: DrawOf) -> None:
+    batch, d = cached()(draw()), draw()
+    plain = task(tiny).draws(batch, d)
+    moved = changed(tiny, input_perturbation=0.25).draws(batch, d)
+    assert torch.equal(moved.noise, plain.noise)
+    fresh = d.normal("perturbation", (4, 4, 4))
+    sigma = plain.sigma.view(-1, 1, 1, 1)
+    torch.testing.assert_close(moved.x - plain.x, 0.25 * sigma * fresh, rtol=1e-4, atol=1e-4)
+    offset = changed(tiny, offset_noise=0.1).draws(batch, d)
+    torch.testing.assert_close(
+        offset.noise - plain.noise, (0.1 * d.normal("offset", (4, 1, 1))).expand_as(offset.noise)
+    )
+    heavy = changed(tiny, parameterization=EDM(augmented_dim=3.0)).draws(batch, d)
+    torch.testing.assert_close(heavy.noise, student(plain.noise, d.uniform("radius"), 3.0))
+    far = changed(tiny, parameterization=EDM(augmented_dim=1e12)).draws(batch, d)
+    torch.testing.assert_close(far.x, changed(tiny, parameterization=EDM()).draws(batch, d).x, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(changed(tiny, pyramid_discount=0.5).draws(batch, d).noise, plain.noise)
+
+
+@pytest.mark.parametrize("cuts", [[8], [4, 4], [1, 2, 5]])
+def test_errors_by_level_are_the_means_of_each_quarter(cuts: list[int], tiny: Model, draw: DrawOf) -> None:
+    """However the batch is cut: the loop averages micro-batches by their size, as it does the loss."""
+    made, fetch = task(tiny), cached()
+    with torch.no_grad():
+        each = torch.stack(
+            [made.losses("unet", fetch(d), d)["error"] for d in (draw(range(i, i + 1)) for i in range(8))]
+        )
+        order = made.draws(fetch(draw()), draw()).sigma.argsort()
+        expected = each[order].reshape(4, 2).mean(1)  # two of eight examples in each quarter
+        starts = [sum(cuts[:i]) for i in range(len(cuts))]
+        parts = [draw(range(at, at + n)) for at, n in zip(starts, cuts, strict=True)]
+        found = [(len(d.rows), made.losses("unet", fetch(d), d)) for d in parts]
+    for k in range(4):
+        mean = sum(n * losses[f"error/{k + 1}"] for n, losses in found) / 8
+        torch.testing.assert_close(mean, expected[k], rtol=1e-4, atol=1e-6)
+
+
+def test_levels_drawn_by_their_loss_resume_from_what_was_learned(
+    tiny_builder: Callable[..., Model], draw: DrawOf
+) -> None:
+    """The draws are a function of the step and of learned weights, which a checkpoint holds; nothing else is kept."""
+    fetch, model = cached(0.0), tiny_builder()
+    made = changed(model, density=None)
+    assert made.phases()[0].trains == ("unet", "log_variance")
+    before = made.draws(fetch(draw()), draw())
+    torch.testing.assert_close(before.sigma, task(model).draws(fetch(draw()), draw()).sigma, rtol=1e-4, atol=0)
+    torch.testing.assert_close(before.share, torch.ones(8))
+    optimizer = torch.optim.AdamW(made.modules["log_variance"].parameters(), lr=5e-3)
+    for step in range(60):
+        loss = made.losses("unet", fetch(draw(step=step)), draw(step=step))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = made.draws(fetch(draw()), draw())
+    assert (after.sigma - before.sigma).abs().max() > 0.05
+    fresh = changed(model, density=None)
+    fresh.modules["log_variance"].load_state_dict(made.modules["log_variance"].state_dict())
+    again = fresh.draws(fetch(draw()), draw())
+    assert torch.equal(again.sigma, after.sigma)
+    assert torch.equal(again.share, after.share)
+    with torch.no_grad():
+        values = made.losses("unet", fetch(draw()), draw())
+        each = [made.losses("unet", fetch(d), d)["error"] for d in (draw(range(i, i + 1)) for i in range(8))]
+    expected = (torch.stack(each) * again.share).mean()  # what teaches the density adds nothing to the loss's value
+    torch.testing.assert_close(values["loss"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_density_is_taught_by_the_loss_and_the_network_is_not_by_it(tiny: Model, draw: DrawOf) -> None:
+    fetch, made = cached(), changed(tiny, density=None)
+    made.losses("unet", fetch(draw()), draw())["loss"].backward()
+    with_density = {name: p.grad.clone() for name, p in tiny.unet.named_parameters() if p.grad is not None}
+    assert made.modules["log_variance"].get_parameter("series").grad is not None
+    tiny.unet.zero_grad(set_to_none=True)
+    task(tiny).losses("unet", fetch(draw()), draw())["loss"].backward()
+    for name, p in tiny.unet.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(with_density[name], p.grad, rtol=1e-2, atol=1e-5)
+    tiny.unet.zero_grad(set_to_none=True)
+
+
+def with_variance(build: Callable[..., Model]) -> Model:
+    torch.manual_seed(0)
+    unet = build_unet(
+        latent_size=4, latent_channels=4, channels=(8, 16), layers_per_block=1, attention=(False, True), heads=2,
+        context_dim=16, norm_groups=4, learned_variance=True,
+    )  # fmt: skip
+    return dataclasses.replace(build(), unet=unet)
+
+
+def test_the_bound_teaches_the_variance_and_not_the_mean(tiny_builder: Callable[..., Model], draw: DrawOf) -> None:
+    model, fetch = with_variance(tiny_builder), cached()
+    assert model.learned_variance
+    made = changed(model, vlb_weight=1.0)
+    last = model.unet.conv_out.weight
+    losses = made.losses("unet", fetch(draw()), draw())
+    assert losses["loss"].item() == pytest.approx(losses["error"].item() + losses["vlb"].item(), rel=1e-4)
+    losses["vlb"].backward()
+    assert last.grad is not None
+    assert last.grad[:4].abs().max() == 0, (
+        "the mean learns from the squared error alone (arXiv 2102.09672, section 3.1)"
+    )
+    assert last.grad[4:].abs().max() > 0
+
+
+def test_the_logged_bound_is_the_sum_over_the_table(tiny_builder: Callable[..., Model], draw: DrawOf) -> None:
+    """Written out for one example at a time: T times the term from its time to the one before."""
+    model, fetch = with_variance(tiny_builder), cached()
+    made, p = changed(model), model.parameterization()
+    assert isinstance(p, V)
+    with torch.no_grad():
+        found = made.losses("unet", fetch(draw()), draw())["vlb"]
+        d = made.draws(fetch(draw()), draw())
+        t = p.table.t_of_sigma(d.sigma)
+        out = model.unet(p.scalings(d.sigma).c_in.view(-1, 1, 1, 1) * d.x, t, encoder_hidden_states=d.context).sample
+    below = torch.where(t >= 1, p.table.sigma_of_t(t - 1), 0.0)
+    spread = interpolated_log_variance(out[:, 4:], d.sigma, below)
+    terms = bound_term(d.x0, d.x, to_x0(p, out[:, :4], d.x, d.sigma), spread, d.sigma, below)
+    torch.testing.assert_close(found, 1000 * terms.mean(), rtol=1e-4, atol=1e-4)
 
 
 def test_neither_autoencoder_nor_text_encoder_runs(
