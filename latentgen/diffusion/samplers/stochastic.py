@@ -107,7 +107,7 @@ def restart(
     foot = min(inner, key=lambda level: abs(level - t_min)) if inner else None
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         x, x0_hat = heun_step(denoise, x, sigma, sigma_next)
-        if sigma_next == foot:
+        if foot is not None and sigma_next == foot:
             for _ in range(restarts):
                 fresh = source_of(noise, "restart")(foot, t_max)
                 x = x + math.sqrt(t_max**2 - foot**2) * s_noise * fresh  # the forward process of algorithm 1
