@@ -30,7 +30,7 @@ from latentgen.models.unet import build_unet
 from latentgen.pipelines.generate import Request
 from latentgen.recipe.process import check_objective, check_process, process
 from latentgen.recipe.schema import Autoencoder, Recipe, TextEncoder, UNet
-from latentgen.tasks.diffusion import Objective
+from latentgen.tasks.diffusion import LEVELS, Objective
 from latentgen.tasks.vae import VaeLosses
 
 logger = logging.getLogger(__name__)
@@ -220,7 +220,10 @@ def objective(recipe: Recipe, model: Model) -> Objective:
     Raises:
         UserError: the settings do not fit the model, which may come from `unet.from`.
     """
-    d, p = recipe.diffusion, model.parameterization()
+    d, p, density = recipe.diffusion, model.parameterization(), _density(recipe)
+    if density is not None:
+        ends = density(torch.arange(1, LEVELS) / LEVELS, p).tolist()
+        logger.info("error/1 to error/%d are logged of noise levels parted at sigma %s", LEVELS, _numbers(ends))
     check_objective(d, model.learned_variance, isinstance(p, EDM) and p.augmented_dim is not None)
     weight: Callable = lookup(WEIGHTS, d.weight, "weight")
     if d.weight in ("min_snr", "soft_min_snr"):
@@ -232,7 +235,7 @@ def objective(recipe: Recipe, model: Model) -> Objective:
         loss = partial(loss, c=d.huber_c, schedule=d.huber_schedule)
     return Objective(
         p,
-        _density(recipe),
+        density,
         weight,
         posterior(recipe),
         d.balanced,
@@ -242,6 +245,10 @@ def objective(recipe: Recipe, model: Model) -> Objective:
         pyramid_discount=d.pyramid_discount,
         input_perturbation=d.input_perturbation,
     )
+
+
+def _numbers(values: list[float]) -> str:
+    return ", ".join(f"{value:.3g}" for value in values)
 
 
 def _density(recipe: Recipe) -> Callable | None:

@@ -31,6 +31,9 @@ from latentgen.pipelines.pictures import grid, save_png
 LEVELS = 4
 """Parts of the noise levels whose errors are logged apart; each holds as many training examples."""
 
+LEARNED_SCALE = 0.01
+"""Of the gradient that teaches where losses are large: nothing to Adam, and the network is not clipped for it."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -177,8 +180,8 @@ class DiffusionTask:
             u = self.modules["log_variance"](d.sigma)
             if o.balanced:
                 loss = each * torch.exp(-u) + u
-            else:  # only learned, not minimised: its gradient is added, its value is not
-                learned = each.detach() * torch.exp(-u) + u
+            else:  # learned beside the network: its gradient is added, its value is not
+                learned = LEARNED_SCALE * (each.detach() * torch.exp(-u) + u)
                 loss = loss + learned - learned.detach()
         values = {"error": error.mean(), **_by_level(error, d.quantile)}
         if self.model.learned_variance:

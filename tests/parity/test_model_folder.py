@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -23,10 +26,14 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentgen.diffusion.noise_tables import NoiseTable
+from latentgen.diffusion.parameterization import denoiser
+from latentgen.diffusion.samplers import euler
+from latentgen.diffusion.schedules import karras
 from latentgen.formats.model_folder import load_model, save_model
-from latentgen.formats.scheduler import scheduler_config
+from latentgen.formats.scheduler import parameterization, scheduler_config
 from latentgen.models.autoencoder import decode
 from latentgen.models.text import encode_text, train_tokenizer
+from latentgen.pipelines.generate import Request, generate
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -127,13 +134,13 @@ def test_text_encoders_with_the_keys_of_older_versions_open(tmp_path: Path) -> N
     assert all(torch.equal(loaded[name], tensor) for name, tensor in new.items())
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v", "x0", "flow"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0", "flow", "edm"])
 def test_our_folders_open_in_diffusers_without_a_warning(prediction: str, tmp_path: Path, caplog, recwarn) -> None:
     foreign_pipeline(PNDMScheduler(**SD, skip_prk_steps=True, steps_offset=1)).save_pretrained(tmp_path / "theirs")
     model = load_model(tmp_path / "theirs")
     object.__setattr__(model, "prediction", prediction)
-    if prediction == "flow":
-        object.__setattr__(model, "schedule", {"shift": 1.0})
+    if prediction in ("flow", "edm"):
+        object.__setattr__(model, "schedule", {"flow": {"shift": 1.0}, "edm": {"sigma_data": 0.8}}[prediction])
     save_model(model, tmp_path / "ours")
     recwarn.clear()
     with caplog.at_level(logging.WARNING):
@@ -155,6 +162,9 @@ def test_our_folders_open_in_diffusers_without_a_warning(prediction: str, tmp_pa
         NoiseTable(kind="linear", num_timesteps=200),
         NoiseTable(kind="cosine"),
         NoiseTable(zero_terminal_snr=True),
+        NoiseTable(kind="sigmoid"),
+        NoiseTable(kind="sigmoid", zero_terminal_snr=True),
+        NoiseTable(kind="sigmoid_alpha_bar"),
     ],
     ids=str,
 )
@@ -162,6 +172,51 @@ def test_exported_noise_levels_are_ours(table: NoiseTable) -> None:
     scheduler = EulerDiscreteScheduler.from_config(scheduler_config("v", asdict(table)))
     theirs = scheduler.sigmas[:-1].flip(0).double()
     torch.testing.assert_close(theirs, table.sigmas, rtol=2e-4, atol=1e-6)
+
+
+def test_exported_edm_is_ours() -> None:
+    """The same noise levels, times and preconditioning, so the same picture as with our Euler sampler."""
+    process = {"sigma_data": 0.7, "sigma_min": 0.01, "sigma_max": 40.0}
+    scheduler = EDMEulerScheduler.from_config(scheduler_config("edm", process))
+    scheduler.set_timesteps(7)
+    p, noise = parameterization("edm", process), torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def network(x: torch.Tensor, c_noise: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x.roll(1, dims=-1)) * torch.cos(c_noise.reshape(-1, 1, 1, 1))
+
+    sigmas = karras(7, p)
+    torch.testing.assert_close(scheduler.sigmas, sigmas, rtol=1e-5, atol=0)
+    x = noise * sigmas[0]
+    expected = euler(denoiser(p, network), x, sigmas)
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(scheduler.scale_model_input(x, t), t.expand(2)), t, x).prev_sample
+    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_learned_variance_is_split_off_by_diffusers(tmp_path: Path) -> None:
+    pipeline = foreign_pipeline(PNDMScheduler(**SD, skip_prk_steps=True, steps_offset=1))
+    torch.manual_seed(0)
+    pipeline.unet = UNet2DConditionModel.from_config(pipeline.unet.config, out_channels=8).eval()
+    pipeline.save_pretrained(tmp_path / "theirs")
+    model = load_model(tmp_path / "theirs")
+    assert model.learned_variance
+    save_model(model, tmp_path / "ours")
+    again = StableDiffusionPipeline.from_pretrained(tmp_path / "ours")
+    assert isinstance(again.scheduler, DDPMScheduler)
+    assert np.isfinite(draw(again)).all()
+    request = Request("a red circle", num_inference_steps=2, height=8, width=8)
+    assert np.asarray(next(generate(load_model(tmp_path / "ours"), [request]))).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize(("prediction", "process"), [("ve", {}), ("edm", {"augmented_dim": 64.0})])
+def test_processes_unknown_to_diffusers_are_refused_there(prediction: str, process: dict, tmp_path: Path) -> None:
+    """Better than the wrong pictures of a scheduler that is nearly right."""
+    foreign_pipeline(PNDMScheduler(**SD, skip_prk_steps=True, steps_offset=1)).save_pretrained(tmp_path / "theirs")
+    model = dataclasses.replace(load_model(tmp_path / "theirs"), prediction=prediction, schedule=process)
+    save_model(model, tmp_path / "ours")
+    with pytest.raises(ValueError, match="`latentgen` has no class `Latentgen"):
+        StableDiffusionPipeline.from_pretrained(tmp_path / "ours")
+    assert load_model(tmp_path / "ours").parameterization() == parameterization(prediction, process)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
