@@ -20,6 +20,7 @@ from latentgen.diffusion.brownian import brownian_noise
 from latentgen.diffusion.noise import student
 from latentgen.diffusion.parameterization import EDM, VE, Flow
 from latentgen.diffusion.samplers import find_sampler, resolve
+from latentgen.diffusion.samplers.single import ddpm
 from latentgen.diffusion.schedules import SCHEDULES
 from latentgen.formats.model_folder import Model
 from latentgen.models.autoencoder import decode, factor
@@ -67,6 +68,8 @@ def check(request: Request, model: Model) -> None:
     if not 0 <= request.guidance_scale < float("inf"):
         raise UserError(f"--guidance-scale {request.guidance_scale}: must not be negative, nor infinite")
     check_guidance(_wish(request, _sigmas(request, model)), model)
+    if _augmented_dim(model) is not None and find_sampler(request.sampler).noise:
+        raise UserError(f"--sampler {request.sampler}: it adds normal noise, which is not PFGM++'s; choose heun")
 
 
 @torch.no_grad()
@@ -123,20 +126,27 @@ def start_noise(request: Request, channels: int, times: int, augmented_dim: floa
     return noise if augmented_dim is None else student(noise, torch.rand(1, generator=own), augmented_dim)
 
 
+def _augmented_dim(model: Model) -> float | None:
+    """The dimension D of a PFGM++ model, None for others."""
+    parameterization = model.parameterization()
+    return parameterization.augmented_dim if isinstance(parameterization, EDM) else None
+
+
 def _latents(model: Model, weak: Model | None, batch: list[Request], on_step: Callable[[int], object] | None) -> Tensor:
     """Sample the latents `[b, c, h, w]` of requests with equal settings."""
     first, device = batch[0], model.unet.device
     sigmas = _sigmas(first, model)
-    parameterization, channels = model.parameterization(), model.vae.config["latent_channels"]
-    augmented_dim = parameterization.augmented_dim if isinstance(parameterization, EDM) else None
-    noise = torch.cat([start_noise(r, channels, factor(model.vae), augmented_dim) for r in batch])
+    channels, times = model.vae.config["latent_channels"], factor(model.vae)
+    noise = torch.cat([start_noise(r, channels, times, _augmented_dim(model)) for r in batch])
     # Noise alone, as k-diffusion and diffusers start: the data's share of the spread is 0.2 percent at sigma_max 14.6.
     x = float(sigmas[0]) * noise.to(device)
     prompts = [split_prompt(r.prompt, r.guidance)[0] for r in batch]
-    denoise = guided(model, weak, _wish(first, sigmas), prompts, [r.negative_prompt for r in batch])
+    denoise, log_variance = guided(model, weak, _wish(first, sigmas), prompts, [r.negative_prompt for r in batch])
     report = None if on_step is None else lambda i, x, x0_hat: on_step(len(batch))
     own_noise = brownian_noise([r.seed for r in batch], x)
-    latents = find_sampler(first.sampler)(denoise, x, sigmas, noise=own_noise, on_step=report)
+    method = find_sampler(first.sampler)
+    knobs = {"log_variance": log_variance} if method.run is ddpm else {}
+    latents = method(denoise, x, sigmas, noise=own_noise, on_step=report, **knobs)
     return latents.to(model.vae.dtype)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from latentgen.core.errors import UserError
 from latentgen.diffusion.guidance import Part, batched, bind, build, parse, pick
 from latentgen.diffusion.parameterization import Denoiser, denoiser
+from latentgen.diffusion.variational import LogVariances, interpolated_log_variance
 from latentgen.formats.folder_check import check_folder
 from latentgen.formats.model_folder import Model, load_model
 from latentgen.models.text import encode_text
@@ -103,8 +104,10 @@ def weak_model(guidance: Sequence[str], model: Model) -> Model | None:
 @torch.no_grad()
 def guided(
     model: Model, weak: Model | None, wish: Wish, prompts: Sequence[Sequence[str]], negative: Sequence[str]
-) -> Denoiser:
-    """A denoiser for one sampling call.
+) -> tuple[Denoiser, LogVariances | None]:
+    """A denoiser for one sampling call, and the variance that the network learned for its reverse steps, if it did.
+
+    The second answers for the prompt's own prediction, and for the x and sigma that the denoiser saw last.
 
     Args:
         weak: from `weak_model`.
@@ -129,7 +132,8 @@ def guided(
             made |= batched(second.denoise_rows)({"weak": rows["weak"]}, x, sigma)
         return made
 
-    return bind(build(parts, wish.scale, wish.sampler, wish.levels, wish.weights), predict)
+    denoise = bind(build(parts, wish.scale, wish.sampler, wish.levels, wish.weights), predict)
+    return denoise, strong.log_variance if strong.learned_variance else None
 
 
 class _Network:
@@ -139,6 +143,8 @@ class _Network:
         self.unet, self.parameterization = model.unet, model.parameterization()
         self.states = {kind: encode_text(model.text_encoder, model.tokenizer, own) for kind, own in texts.items()}
         self.perturbed = self_attentions(model.unet, perturbed) if perturbed is not None else []
+        self.learned_variance = model.unet.config["out_channels"] == 2 * model.unet.config["in_channels"]
+        self.head: Tensor | None = None
 
     def denoise_rows(self, x: Tensor, sigma: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """x0_hat [k, c, h, w], one block a kind."""
@@ -152,9 +158,16 @@ class _Network:
         def network(x_in: Tensor, c_noise: Tensor) -> Tensor:
             with perturbed_attention(self.perturbed if weak.stop else [], weak):
                 out = unet(x_in.to(unet.dtype), c_noise, encoder_hidden_states=context, return_dict=False)[0]
-            return out[:, : x_in.shape[1]]  # what may follow is the head of a learned variance
+            if self.learned_variance and "cond" in rows:
+                self.head = out[: len(rows["cond"]), x_in.shape[1] :]  # `cond` is always the first block
+            return out[:, : x_in.shape[1]]
 
         return denoiser(self.parameterization, network)(x, sigma)
+
+    def log_variance(self, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        """What the head said in the last evaluation, [b, c, h, w] (arXiv 2102.09672, eq. 15)."""
+        assert self.head is not None and len(self.head) == len(x), "asked before every picture had its prediction"
+        return interpolated_log_variance(self.head.to(x.dtype), sigma, sigma_next)
 
 
 def _knob(parts: Sequence[Part], name: str, key: str) -> str | None:
