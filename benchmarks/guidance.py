@@ -57,10 +57,11 @@ METHODS = (
     Method("cfg, fewer steps", {"num_inference_steps": 14}),
     Method("no guidance", {"guidance_scale": 1.0}),
     Method("interval", {"guidance": ("interval",)}),
-    Method("interval, narrower", {"guidance": ("interval,low=1.3,high=5.42",)}),
-    Method("interval, late", {"guidance": ("interval,low=0.75,high=3.5",)}),
+    Method("interval, narrower", {"guidance": ("interval,low=0.9,high=3.5",)}),
     Method("adaptive", {"guidance": ("adaptive",)}),
     Method("interval + adaptive", {"guidance": ("interval", "adaptive")}),
+    Method("both, narrower", {"guidance": ("interval,low=0.28,high=3.5", "adaptive")}),
+    Method("both, fewer steps", {"guidance": ("interval", "adaptive"), "num_inference_steps": 14}),
     Method("rescale", {"guidance": ("rescale",)}),
     Method("apg", {"guidance": ("apg",)}),
     Method("cfg_zero", {"guidance": ("cfg_zero",)}),
@@ -75,7 +76,7 @@ def with_weak(folder: Path) -> tuple[Method, ...]:
     weak = f"autoguidance,model={folder}"
     return (
         Method("autoguidance", {"guidance": (weak,), "guidance_scale": 2.0}),
-        Method("autoguidance + interval", {"guidance": (weak, "interval"), "guidance_scale": 2.0}),
+        Method("autoguidance, stronger", {"guidance": (weak,)}),
     )
 
 
