@@ -8,12 +8,16 @@ sequential sampler, in fewer rounds: worth it where a batch of `window` pictures
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from latentgen.core.errors import UserError
 from latentgen.diffusion.parameterization import Denoiser, per_example
-from latentgen.diffusion.samplers import NoiseSource, OnStep
+
+if TYPE_CHECKING:  # the registry of samplers may import this file
+    from latentgen.diffusion.samplers import NoiseSource, OnStep
 
 
 def parallel(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,7 +94,7 @@ def test_steps_are_reported_in_order() -> None:
     )
     assert [i for i, _, _ in seen] == list(range(9))
     assert torch.equal(seen[-1][1], out)
-    for (_, x_before, _), (i, _, x0_hat) in zip(seen, seen[1:], strict=False):
+    for (_, x_before, _), (i, _, x0_hat) in pairwise(seen):
         torch.testing.assert_close(x0_hat, denoise(x_before, sigmas[i : i + 1].expand(len(x))), rtol=1e-6, atol=1e-6)
 
 
