@@ -21,6 +21,24 @@ PROMPTS = (
     "a green square left of a red star",
     "an orange heart",
 )
+FITTING_PROMPTS = (
+    "a blue circle",
+    "two yellow squares",
+    "a red star below a green cross",
+    "a small orange heart",
+    "a large purple triangle",
+    "three pink stars",
+    "a yellow circle right of a blue triangle",
+    "a green square",
+    "a red heart",
+    "two purple circles",
+    "a pink square above an orange star",
+    "a large green cross",
+    "a small yellow star",
+    "three red triangles",
+    "an orange circle left of a blue heart",
+    "a blue cross",
+)
 
 
 @dataclass(frozen=True)
@@ -87,9 +105,8 @@ def shapes(folder: Path, pictures: int, guidance_scale: float) -> Problem:
     side, channels = model.unet.config["sample_size"], model.unet.config["in_channels"]
 
     def denoiser(test: bool) -> Denoiser:
-        # the prompts of one half take the seeds of the other's neighbours, so no picture is in both
-        prompts = [PROMPTS[(i + (0 if test else 3)) % len(PROMPTS)] for i in range(pictures)]
-        texts = {"cond": prompts, "uncond": [""] * pictures}
+        prompts = [PROMPTS[i % len(PROMPTS)] for i in range(pictures)] if test else list(FITTING_PROMPTS)
+        texts = {"cond": prompts, "uncond": [""] * len(prompts)}
         states = {kind: encode_text(model.text_encoder, model.tokenizer, text) for kind, text in texts.items()}
 
         def denoise_kinds(x: Tensor, sigma: Tensor, kinds: tuple[str, ...]) -> Tensor:
@@ -103,7 +120,7 @@ def shapes(folder: Path, pictures: int, guidance_scale: float) -> Problem:
         return bind(CFG(guidance_scale), batched(denoise_kinds))
 
     def noise(test: bool) -> Tensor:
-        seeds = range(pictures) if test else range(1000, 1000 + pictures)
+        seeds = range(pictures) if test else range(1000, 1000 + len(FITTING_PROMPTS))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return torch.cat([torch.randn(1, channels, side, side, generator=own) for own in generators])
 
