@@ -19,12 +19,16 @@ from latentgen.core.errors import UserError
 from latentgen.diffusion import lookup
 from latentgen.diffusion.guidance import CFG, batched, bind
 from latentgen.diffusion.parameterization import Denoiser, Flow, Parameterization, denoiser
-from latentgen.diffusion.samplers import find_sampler
+from latentgen.diffusion.samplers import SAMPLERS, find_sampler
 from latentgen.diffusion.schedules import SCHEDULES
+from latentgen.formats.fitted_schedules import find_fitted
 from latentgen.formats.model_folder import Model
 from latentgen.models.autoencoder import decode, factor
 from latentgen.models.text import encode_text
 from latentgen.pipelines.pictures import to_pictures
+
+FITTED = "fitted"
+"""The schedule that `latentgen fit-schedule` found for the model, the sampler and the number of steps."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Request:
         num_inference_steps: sampling steps, at least 1.
         guidance_scale: 1 draws from the model as it is; more follows the prompt harder.
         sampler: a name of `diffusion.samplers`.
-        schedule: a name of `diffusion.schedules`; None is what the model's process was made for.
+        schedule: a name of `diffusion.schedules`, or "fitted"; None is what the model's process was made for.
         height, width: pixels, multiples of the autoencoder's factor.
     """
 
@@ -93,12 +97,20 @@ def generate(
 
 def _sigmas(request: Request, model: Model) -> Tensor:
     """The noise levels `[n + 1]` that the request visits; by default those the model's process was made for."""
+    if request.schedule == FITTED:
+        return find_fitted(model.metadata, registered_name(request.sampler), request.num_inference_steps)
     parameterization = model.parameterization()
     if request.schedule is None and isinstance(parameterization, Flow):
         shift = float(model.schedule.get("shift", 1.0))
         return SCHEDULES["flow"](request.num_inference_steps, parameterization, shift=shift)
     schedule = lookup(SCHEDULES, request.schedule or "trailing", "schedule")
     return schedule(request.num_inference_steps, parameterization)
+
+
+def registered_name(sampler: str) -> str:
+    """The name under which the registry has a sampler that may have been named by an alias."""
+    found = find_sampler(sampler)
+    return next(name for name, method in SAMPLERS.items() if method is found)
 
 
 def _settings(request: Request) -> Request:
@@ -113,15 +125,20 @@ def start_noise(request: Request, channels: int, times: int) -> Tensor:
 
 def _latents(model: Model, batch: list[Request], on_step: Callable[[int], object] | None) -> Tensor:
     """Sample the latents `[b, c, h, w]` of requests with equal settings."""
+    denoise, x, sigmas = prepare(model, batch)
+    report = None if on_step is None else lambda i, x, x0_hat: on_step(len(batch))
+    latents = find_sampler(batch[0].sampler)(denoise, x, sigmas, on_step=report)
+    return latents.to(model.vae.dtype)
+
+
+def prepare(model: Model, batch: list[Request]) -> tuple[Denoiser, Tensor, Tensor]:
+    """What a sampler needs for requests with equal settings: denoiser, x `[b, c, h, w]` at the first level, levels."""
     first, device = batch[0], model.unet.device
     sigmas = _sigmas(first, model)
     noise = torch.cat([start_noise(r, model.vae.config["latent_channels"], factor(model.vae)) for r in batch])
     # Noise alone, as k-diffusion and diffusers start: the data's share of the spread is 0.2 percent at sigma_max 14.6.
     x = float(sigmas[0]) * noise.to(device)
-    denoise = _denoiser(model, batch, model.parameterization())
-    report = None if on_step is None else lambda i, x, x0_hat: on_step(len(batch))
-    latents = find_sampler(first.sampler)(denoise, x, sigmas, on_step=report)
-    return latents.to(model.vae.dtype)
+    return _denoiser(model, batch, model.parameterization()), x, sigmas
 
 
 def _denoiser(model: Model, batch: list[Request], parameterization: Parameterization) -> Denoiser:
