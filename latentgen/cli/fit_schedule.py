@@ -31,7 +31,7 @@ def fit_schedule(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: a GPU when there is one.")] = None,
     runs: Annotated[Path, typer.Option(help="Where to look for the newest run.")] = Path("runs"),
 ) -> None:
-    """Fit a schedule for one sampler and number of steps, and keep it in the model folder: --schedule fitted uses it."""
+    """Fit a schedule for one sampler and number of steps into the model folder; `--schedule fitted` draws with it."""
     setup_logging()
     if num < 1:
         raise UserError(f"--num {num}: must be at least 1")
