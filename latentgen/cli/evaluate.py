@@ -27,7 +27,7 @@ def shapes(
     seed: Annotated[int, typer.Option(help="Seed of the first picture of each prompt.")] = 0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(help="How hard the prompt is followed.")] = 4.0,
-    sampler: Annotated[str, typer.Option(help="ddim, euler, heun or dpmpp_2m.")] = "dpmpp_2m",
+    sampler: Annotated[str, typer.Option(help="As in `latentgen sample`.")] = "dpmpp_2m",
     batch_size: Annotated[int, typer.Option(help="Pictures drawn together.")] = 32,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: a GPU when there is one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report; default: beside the model folder.")] = None,

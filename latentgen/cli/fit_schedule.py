@@ -37,14 +37,15 @@ def fit_schedule(
         raise UserError(f"--num {num}: must be at least 1")
     folder = model or find_model(runs)
     from latentgen.cli.drawing import open_model
+    from latentgen.diffusion.samplers import resolve
     from latentgen.formats.fitted_schedules import write_fitted
     from latentgen.pipelines.fit_schedule import fit_schedule as find_schedule
-    from latentgen.pipelines.generate import Request, registered_name
+    from latentgen.pipelines.generate import Request
 
     opened = open_model(folder, device)
     shown = opened.model.metadata.get("recipe", {}).get("preview", {}).get("prompts", [])
     wanted = read_prompts(prompts or ([] if prompts_file else list(shown)), prompts_file)
-    side, name = opened.default_side, registered_name(sampler)
+    side, (name, _) = opened.default_side, resolve(sampler)
     requests = [
         Request(
             wanted[i % len(wanted)],

@@ -63,8 +63,12 @@ def sample(
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(help="1: none; more follows the prompt harder.")] = 4.0,
     negative_prompt: Annotated[str, typer.Option(help="What to stay away from.")] = "",
-    sampler: Annotated[str, typer.Option(help="ddim, euler, heun or dpmpp_2m.")] = "dpmpp_2m",
-    schedule: Annotated[str | None, typer.Option(help="Noise levels to visit; default: the model's own.")] = None,
+    sampler: Annotated[
+        str, typer.Option(help='dpmpp_2m, unipc, euler_ancestral, dpmpp_2m_sde ... or as elsewhere: "DPM++ 2M Karras".')
+    ] = "dpmpp_2m",
+    schedule: Annotated[
+        str | None, typer.Option(help="Noise levels to visit: karras, beta, sgm_uniform ...; default: the model's own.")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: what the model was trained on.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: what the model was trained on.")] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures drawn together.")] = 8,

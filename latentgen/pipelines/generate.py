@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from latentgen.core.errors import UserError
-from latentgen.diffusion import lookup
+from latentgen.diffusion.brownian import brownian_noise
 from latentgen.diffusion.guidance import CFG, batched, bind
 from latentgen.diffusion.parameterization import Denoiser, Flow, Parameterization, denoiser
-from latentgen.diffusion.samplers import SAMPLERS, find_sampler
+from latentgen.diffusion.samplers import find_sampler, resolve
 from latentgen.diffusion.schedules import SCHEDULES
 from latentgen.formats.fitted_schedules import find_fitted
 from latentgen.formats.model_folder import Model
@@ -41,7 +41,7 @@ class Request:
         seed: the picture's own seed.
         num_inference_steps: sampling steps, at least 1.
         guidance_scale: 1 draws from the model as it is; more follows the prompt harder.
-        sampler: a name of `diffusion.samplers`.
+        sampler: a name of `diffusion.samplers`, or what other tools call it; such a name may say the schedule too.
         schedule: a name of `diffusion.schedules`, or "fitted"; None is what the model's process was made for.
         height, width: pixels, multiples of the autoencoder's factor.
     """
@@ -67,7 +67,6 @@ def check(request: Request, model: Model) -> None:
         raise UserError(f"--steps {request.num_inference_steps}: the number of sampling steps must be at least 1")
     if not 0 <= request.guidance_scale < float("inf"):
         raise UserError(f"--guidance-scale {request.guidance_scale}: must not be negative, nor infinite")
-    find_sampler(request.sampler)
     _sigmas(request, model)
 
 
@@ -98,19 +97,18 @@ def generate(
 def _sigmas(request: Request, model: Model) -> Tensor:
     """The noise levels `[n + 1]` that the request visits; by default those the model's process was made for."""
     if request.schedule == FITTED:
-        return find_fitted(model.metadata, registered_name(request.sampler), request.num_inference_steps)
+        sampler, implied = resolve(request.sampler)
+        if implied is not None:
+            raise UserError(
+                f"--sampler {request.sampler!r} means schedule {implied!r}: leave out --schedule fitted."
+            )
+        return find_fitted(model.metadata, sampler, request.num_inference_steps)
     parameterization = model.parameterization()
-    if request.schedule is None and isinstance(parameterization, Flow):
+    _, name = resolve(request.sampler, request.schedule)
+    if name in (None, "flow") and isinstance(parameterization, Flow):
         shift = float(model.schedule.get("shift", 1.0))
         return SCHEDULES["flow"](request.num_inference_steps, parameterization, shift=shift)
-    schedule = lookup(SCHEDULES, request.schedule or "trailing", "schedule")
-    return schedule(request.num_inference_steps, parameterization)
-
-
-def registered_name(sampler: str) -> str:
-    """The name under which the registry has a sampler that may have been named by an alias."""
-    found = find_sampler(sampler)
-    return next(name for name, method in SAMPLERS.items() if method is found)
+    return SCHEDULES[name or "trailing"](request.num_inference_steps, parameterization)
 
 
 def _settings(request: Request) -> Request:
@@ -127,7 +125,8 @@ def _latents(model: Model, batch: list[Request], on_step: Callable[[int], object
     """Sample the latents `[b, c, h, w]` of requests with equal settings."""
     denoise, x, sigmas = prepare(model, batch)
     report = None if on_step is None else lambda i, x, x0_hat: on_step(len(batch))
-    latents = find_sampler(batch[0].sampler)(denoise, x, sigmas, on_step=report)
+    own_noise = brownian_noise([r.seed for r in batch], x)
+    latents = find_sampler(batch[0].sampler)(denoise, x, sigmas, noise=own_noise, on_step=report)
     return latents.to(model.vae.dtype)
 
 

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from latentgen.core.errors import UserError
 from latentgen.diffusion.parameterization import PARAMETERIZATIONS, NoiseTable, make
-from latentgen.diffusion.schedules import SCHEDULES, flow, karras, leading, linspace, trailing
+from latentgen.diffusion.schedules import (
+    SCHEDULES,
+    beta,
+    beta_quantile,
+    exponential,
+    flow,
+    karras,
+    leading,
+    linspace,
+    polyexponential,
+    sgm_uniform,
+    trailing,
+)
 
 OF_TIMES = {"trailing", "leading", "linspace"}
-AT_SIGMA_MIN = {"karras", "exponential", "linspace"}
+AT_SIGMA_MIN = {"karras", "exponential", "polyexponential", "linspace"}
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from(sorted(SCHEDULES)), target=st.sampled_from(sorted(PARAMETERIZATIONS)), n=st.integers(1, 1000)
 )
@@ -66,3 +80,33 @@ def test_other_mistakes() -> None:
         karras(5, make("edm"), rho=0)
     with pytest.raises(UserError, match="shift"):
         flow(5, make("flow"), shift=0)
+    with pytest.raises(UserError, match="rho"):
+        polyexponential(5, make("edm"), rho=0)
+    with pytest.raises(UserError, match="alpha"):
+        beta(5, make("eps"), alpha=0)
+
+
+@settings(deadline=None)
+@given(p=st.floats(1e-6, 1 - 1e-6), a=st.floats(0.2, 8), b=st.floats(0.2, 8))
+def test_beta_quantiles_are_those_of_scipy(p: float, a: float, b: float) -> None:
+    assert beta_quantile(p, a, b) == pytest.approx(stats.beta.ppf(p, a, b), rel=1e-6, abs=1e-12)
+    assert beta_quantile(p, a, b) == pytest.approx(1 - beta_quantile(1 - p, b, a), rel=1e-6, abs=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(target=st.sampled_from(sorted(PARAMETERIZATIONS)), n=st.integers(1, 60))
+def test_schedules_that_are_special_cases_of_one_another(target: str, n: int) -> None:
+    p = make(target)
+    torch.testing.assert_close(polyexponential(n, p), exponential(n, p), rtol=1e-6, atol=0)
+    torch.testing.assert_close(beta(n, p, alpha=1, beta=1), sgm_uniform(n, p), rtol=1e-4, atol=0)  # even quantiles
+    if target not in ("flow", "edm"):
+        torch.testing.assert_close(sgm_uniform(n, p)[:-1], linspace(n + 1, p)[:-2], rtol=1e-5, atol=0)
+
+
+def test_beta_takes_more_steps_at_both_ends_than_even_times_do() -> None:
+    p = make("eps")
+    times, even = (p.table.t_of_sigma(schedule(20, p)[:-1].double()) for schedule in (beta, sgm_uniform))
+    gaps, even_gaps = -times.diff(), -even.diff()
+    assert gaps[0] < even_gaps[0] < gaps[9]
+    assert gaps[-1] < even_gaps[-1]
+    assert gaps.sum() > even_gaps.sum()

@@ -10,7 +10,7 @@ import torch
 from latentgen.core.errors import UserError
 from latentgen.formats.model_folder import Model
 from latentgen.pipelines.fit_schedule import fit_schedule
-from latentgen.pipelines.generate import Request, check, generate, prepare, registered_name
+from latentgen.pipelines.generate import Request, check, generate, prepare
 
 ASKED = [Request(prompt, seed=i, num_inference_steps=3, height=16, width=16) for i, prompt in enumerate(("a", "b"))]
 
@@ -21,7 +21,7 @@ def test_fitted_levels_are_those_drawn_with(tiny: Model) -> None:
     assert fit.error <= fit.start_error
     entry = {"sampler": "dpmpp_2m", "steps": 3, "sigmas": fit.sigmas.tolist()}
     model = dataclasses.replace(tiny, metadata={"fitted_schedules": [entry]})
-    wanted = [dataclasses.replace(request, schedule="fitted", sampler="dpm++ 2m") for request in ASKED]
+    wanted = [dataclasses.replace(request, schedule="fitted", sampler="DPM++ 2M") for request in ASKED]
     torch.testing.assert_close(prepare(model, wanted)[2], fit.sigmas)
     fitted, plain = (next(generate(model, requests)).tobytes() for requests in (wanted, ASKED))
     assert (fitted == plain) == (fit.start == "trailing" and fit.error == fit.start_error)
@@ -31,6 +31,8 @@ def test_fitted_levels_are_those_drawn_with(tiny: Model) -> None:
         check(wanted[0], tiny)
 
 
-def test_names() -> None:
-    assert registered_name("DPM++ 2M") == "dpmpp_2m"
-    assert registered_name("k_euler") == "euler"
+def test_mistakes(tiny: Model) -> None:
+    with pytest.raises(UserError, match="without noise"):
+        fit_schedule(tiny, [dataclasses.replace(ASKED[0], sampler="euler_ancestral")])
+    with pytest.raises(UserError, match="karras"):
+        check(dataclasses.replace(ASKED[0], sampler="DPM++ 2M Karras", schedule="fitted"), tiny)

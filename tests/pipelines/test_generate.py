@@ -147,6 +147,35 @@ def test_parameters_line() -> None:
     assert "Negative" not in parameters_line(ask(), "run", "0" * 10)
 
 
+@pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "Euler a", "restart", "DPM++ SDE Karras"])
+def test_the_noise_of_a_stochastic_sampler_belongs_to_the_picture(sampler: str, tiny: Model) -> None:
+    """Same seed, same picture, in any batch; another seed, another; and the global stream plays no part."""
+    requests = [ask(seed=seed, sampler=sampler) for seed in (3, 4, 3)]
+    together = list(generate(tiny, requests))
+    torch.manual_seed(1)
+    apart = list(generate(tiny, requests, batch_size=1))
+    assert max(distance(a, b) for a, b in zip(together, apart, strict=True)) <= 1
+    assert distance(together[0], together[2]) <= 1
+    assert distance(together[0], together[1]) > 1
+    plain = next(generate(tiny, [ask(seed=3, sampler="ddim")]))
+    assert distance(together[0], plain) > 1, "it adds noise"
+
+
+def test_a_name_may_say_the_schedule(tiny: Model) -> None:
+    named, spelt, other = generate(
+        tiny,
+        [
+            ask(sampler="DPM++ 2M Karras"),
+            ask(sampler="dpmpp_2m", schedule="karras"),
+            ask(sampler="DPMSolverMultistepScheduler"),
+        ],
+    )
+    assert distance(named, spelt) == 0
+    assert distance(named, other) > 0
+    with pytest.raises(UserError, match="means the schedule 'karras': leave out --schedule beta"):
+        check(ask(sampler="DPM++ 2M Karras", schedule="beta"), tiny)
+
+
 def test_the_default_schedule_follows_the_process(
     tiny_builder: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
