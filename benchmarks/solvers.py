@@ -10,7 +10,8 @@ All start from the same noise, and have taken their last call when they arrive a
 A call is one evaluation of the denoiser for each picture; guidance doubles it for all alike. n calls means the most
 steps that cost at most n. The error of a picture is the root mean square distance from where the probability flow
 ends; what is shown is its geometric mean over the pictures. The flow is followed to sigma_min, the lowest level that a
-network knows, and from there in one step to 0, as every sampler here does.
+network knows, and from there in one step to 0, as every sampler here does. Schedulers of diffusers that stop at
+sigma_min (DEIS, SA-Solver) are compared with the flow at that level, which spares them the last step.
 
 Schedules are fitted to OTHER noise (and other prompts) than what is measured. Results are kept in --cache as they come,
 so an interrupted run goes on where it was.
@@ -27,18 +28,19 @@ import torch
 from plots import Line, line_chart
 from safetensors.torch import load_file, save_file
 from solver_problems import Counted, Problem, mixture, shapes
-from solver_theirs import METHODS, run, variants
+from solver_theirs import METHODS, SIGMAS, SPACINGS, run, variants
 from torch import Tensor
 
 from latentgen.core.errors import UserError
-from latentgen.core.files import content_key, write_json, write_text
+from latentgen.core.files import content_key, file_sha256, write_json, write_text
 from latentgen.diffusion.fitted import error_of, fit
 from latentgen.diffusion.samplers import SAMPLERS, Sampler, dpmpp_2m
 from latentgen.diffusion.schedules import SCHEDULES, exponential
 
+DEFAULT = "dpmpp_2m"
 BUDGETS = (5, 8, 10, 15, 20, 30)
-FITTED = 2
-"""Samplers to fit a schedule for, at each number of calls."""
+FITTED = {"mixture": 4, "shapes": 2}
+"""Samplers to fit a schedule for, at each number of calls: the default one and those that do best unfitted."""
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, PLOT = ROOT / "docs" / "samplers.md", ROOT / "docs" / "images" / "solvers-{}.png"
 Results = dict[str, dict[str, float]]
@@ -135,11 +137,11 @@ class Bench:
                     self.put(key, budget, self.measure(SAMPLERS[name], sigmas, budget))
 
     def run_fitted(self, budgets: Iterable[int], best: int) -> None:
-        """Fit to the other pictures, measure on these. best: so many samplers, those that do best unfitted."""
+        """Fit to the other pictures, measure on these. best: so many samplers."""
         p, names = self.problem.parameterization, deterministic()
         for budget in budgets:
             ranked = sorted(names, key=lambda name: best_of(self.results, f"ours | {name} ", budget)[0])
-            for name in ranked[:best]:
+            for name in list(dict.fromkeys([DEFAULT, *ranked]))[:best]:
                 key, n = f"fitted | {name}", steps_for(name, budget)
                 if self.missing(key, [budget]) and n > 0:
                     x, target = start(self.problem, p.sigma_max, test=False), self.targets(test=False)["end"]
@@ -161,7 +163,7 @@ def budgets_of(results: Results) -> list[int]:
 def tables(results: Results) -> str:
     """Markdown: the best of each side, then every method with its best schedule."""
     budgets = budgets_of(results)
-    head = "| | " + " | ".join(f"{budget} calls" for budget in budgets) + " |\n|---" * 1
+    head = "| | " + " | ".join(f"{budget} calls" for budget in budgets) + " |\n|---"
     lines = [head + "|---" * len(budgets) + "|"]
     for title, prefix in (("best of diffusers", "theirs"), ("best of ours", "ours"), ("ours, fitted", "fitted")):
         cells = [best_of(results, f"{prefix} |", budget) for budget in budgets]
@@ -170,14 +172,15 @@ def tables(results: Results) -> str:
             + " | ".join(f"{e:.2g} ({key.split(' | ')[1]})" if e < 1e9 else "" for e, key in cells)
             + " |"
         )
-    rows = [(f"ours: {name}", f"ours | {name} ", f"fitted | {name}") for name in deterministic()]
-    rows += [(f"diffusers: {name}", f"theirs | {name}", "") for name in METHODS]
+    rows = [(f"ours: {name}", [f"ours | {name} {word}" for word in SCHEDULES], name) for name in deterministic()]
+    choices = ("", *(f" {word}" for word in (*SPACINGS, *SIGMAS, "lu")))
+    rows += [(f"diffusers: {name}", [f"theirs | {name}{word}" for word in choices], "") for name in METHODS]
     lines += ["", head.replace("| |", "| method, best schedule |", 1) + "|---" * len(budgets) + "|"]
-    for title, prefix, fitted in rows:
+    for title, keys, fitted in rows:
         cells = []
         for budget in budgets:
-            error = best_of(results, prefix, budget)[0]
-            with_fit = results.get(fitted, {}).get(str(budget))
+            error = best_of({key: results[key] for key in keys if key in results}, "", budget)[0]
+            with_fit = results.get(f"fitted | {fitted}", {}).get(str(budget))
             cells.append((f"{error:.2g}" if error < 1e9 else "") + (f" / **{with_fit:.2g}**" if with_fit else ""))
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -250,11 +253,12 @@ def main() -> None:
                 problem = mixture(pictures)
             else:
                 problem = shapes(options.model, pictures, options.guidance_scale)
-                settings.update(model=str(options.model), guidance_scale=options.guidance_scale)
+                weights = sorted((options.model / "unet").glob("*.safetensors"))
+                settings.update(model=[file_sha256(path) for path in weights], guidance_scale=options.guidance_scale)
             bench = Bench(problem, reference_steps, options.cache, settings)
             bench.run_theirs(budgets)
             bench.run_ours(budgets)
-            bench.run_fitted([b for b in budgets if b <= 10 or name == "mixture"], best=FITTED)
+            bench.run_fitted([b for b in budgets if b <= 10 or name == "mixture"], best=FITTED[name])
             print("\n".join(verdict(bench.results)))
             if not options.no_docs and not options.quick:
                 plot(problem, bench.results, Path(str(PLOT).format(name)))

@@ -99,9 +99,7 @@ def _sigmas(request: Request, model: Model) -> Tensor:
     if request.schedule == FITTED:
         sampler, implied = resolve(request.sampler)
         if implied is not None:
-            raise UserError(
-                f"--sampler {request.sampler!r} means schedule {implied!r}: leave out --schedule fitted."
-            )
+            raise UserError(f"--sampler {request.sampler!r} means schedule {implied!r}: leave out --schedule fitted.")
         return find_fitted(model.metadata, sampler, request.num_inference_steps)
     parameterization = model.parameterization()
     _, name = resolve(request.sampler, request.schedule)
