@@ -196,10 +196,8 @@ def verdict(results: Results) -> list[str]:
         said.append(
             f"{budget:3} calls: ours {best[0]:.3g} ({best[1]}), diffusers {theirs[0]:.3g} ({theirs[1]}): {holds}"
         )
-        if budget <= 10 and fitted[0] < float("inf"):
-            said.append(
-                f"    fitted {fitted[0]:.3g} against {ours[0]:.3g} unfitted: {'yes' if fitted < ours else 'NO'}"
-            )
+        better = "yes" if fitted[0] < ours[0] else "NO"
+        said.append(f"    fitted {fitted[0]:.3g}, unfitted {ours[0]:.3g} ({ours[1]}): {better}")
     return said
 
 
