@@ -146,7 +146,8 @@ def _denoiser(model: Model, batch: list[Request], parameterization: Parameteriza
     }
 
     def denoise_kinds(x: Tensor, sigma: Tensor, kinds: tuple[str, ...]) -> Tensor:
-        context = torch.cat([states[kind] for kind in kinds]).to(model.unet.dtype)
+        steps = len(x) // (len(kinds) * len(batch))  # above 1 in samplers that take many steps at once
+        context = torch.cat([states[kind].repeat(steps, 1, 1) for kind in kinds]).to(model.unet.dtype)
 
         def network(x_in: Tensor, c_noise: Tensor) -> Tensor:
             return model.unet(x_in.to(model.unet.dtype), c_noise, encoder_hidden_states=context, return_dict=False)[0]

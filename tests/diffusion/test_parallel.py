@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentgen.core.errors import UserError
-from latentgen.diffusion.parallel import parallel
 from latentgen.diffusion.parameterization import make
 from latentgen.diffusion.samplers import ddim, euler
+from latentgen.diffusion.samplers.parallel import parallel
 from latentgen.diffusion.schedules import SCHEDULES, karras
 
 P = make("eps")

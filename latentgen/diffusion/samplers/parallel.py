@@ -8,16 +8,12 @@ sequential sampler, in fewer rounds: worth it where a batch of `window` pictures
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from latentgen.core.errors import UserError
 from latentgen.diffusion.parameterization import Denoiser, per_example
-
-if TYPE_CHECKING:  # the registry of samplers may import this file
-    from latentgen.diffusion.samplers import NoiseSource, OnStep
+from latentgen.diffusion.samplers.common import NoiseSource, OnStep, levels_of
 
 
 def parallel(
@@ -42,7 +38,7 @@ def parallel(
 
     on_step(i, x, x0_hat) is called in order, when step i has converged for the whole batch.
 
-    Raises UserError for a window below 1 or a negative tolerance.
+    Raises UserError for a window below 1, a negative tolerance, or levels that neither descend nor ascend.
     """
     del noise
     if window < 1:
@@ -50,10 +46,10 @@ def parallel(
     if not tolerance >= 0:
         raise UserError(f"tolerance {tolerance}: it must not be negative (0 is the sequential result).")
     b, n = len(x), len(sigmas) - 1
+    levels = torch.tensor(levels_of(sigmas, "parallel"), dtype=torch.float64, device=x.device)
     if n == 0:
         return x
     wide = torch.promote_types(x.dtype, torch.float32)
-    levels = sigmas.to(x.device, torch.float64)
     path = torch.stack([x * ratio.to(wide) for ratio in levels / levels[0]]).to(x.dtype)  # the guess of x0_hat = 0
     path[0] = x
     estimates = torch.zeros_like(path[:n]) if on_step is not None else None
