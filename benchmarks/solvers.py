@@ -1,6 +1,6 @@
 """Error against a 4,000-step reference at equal numbers of network calls: our samplers and those of diffusers.
 
-    python benchmarks/solvers.py [--quick] [--problems mixture shapes] [--model data/shapes-model] [--no-docs]
+    python benchmarks/solvers.py [--quick] [--problems mixture shapes] [--calls 5 8] [--model data/shapes-model] [--no-docs]
 
 Two problems: an analytic mixture of eight Gaussians in 64 dimensions, in float64 with the exact denoiser, and latents
 of the shipped model under classifier-free guidance. Each deterministic sampler runs on each schedule, and so does each
@@ -235,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few pictures, 5 and 10 calls, a reference of 400 steps")
     parser.add_argument("--problems", nargs="+", choices=("mixture", "shapes"), default=["mixture", "shapes"])
+    parser.add_argument("--calls", type=int, nargs="+", default=None, help=f"default: {BUDGETS}")
     parser.add_argument("--model", type=Path, default=ROOT / "data" / "shapes-model")
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--pictures", type=int, help="default: 64 of the mixture, 8 of the model")
@@ -242,6 +243,7 @@ def main() -> None:
     parser.add_argument("--no-docs", action="store_true", help="print only")
     options = parser.parse_args()
     budgets, reference_steps = ((5, 10), 400) if options.quick else (BUDGETS, 4000)
+    budgets = tuple(options.calls or budgets)
     usual = {"mixture": 16, "shapes": 4} if options.quick else {"mixture": 64, "shapes": 8}
     with torch.no_grad():
         for name in options.problems:

@@ -165,7 +165,7 @@ def _each_moved(steps: Tensor) -> list[Tensor]:
 def _steps(sigmas: Tensor, parameterization: Parameterization) -> Tensor:
     """Logarithms of the steps in log(sigma) between the levels above 0. [n - 1], float64."""
     levels = sigmas[:-1].double().clamp(min=parameterization.sigma_min)
-    return (levels[:-1] / levels[1:]).log().clamp(min=1e-3).log()
+    return (levels[:-1] / levels[1:]).log().clamp(min=1e-5).log()
 
 
 def _sigmas(steps: Tensor, parameterization: Parameterization) -> Tensor:
