@@ -1,6 +1,6 @@
 """Error against a 4,000-step reference at equal numbers of network calls: our samplers and those of diffusers.
 
-    python benchmarks/solvers.py [--quick] [--problems mixture shapes] [--calls 5 8] [--model data/shapes-model] [--no-docs]
+    python benchmarks/solvers.py [--quick] [--problems mixture shapes] [--calls 5 8] [--model data/shapes-model] ...
 
 Two problems: an analytic mixture of eight Gaussians in 64 dimensions, in float64 with the exact denoiser, and latents
 of the shipped model under classifier-free guidance. Each deterministic sampler runs on each schedule, and so does each
