@@ -6,6 +6,7 @@ import typer
 
 from latentgen.cli import evaluate, recipe
 from latentgen.cli.errors import run_app
+from latentgen.cli.fit_schedule import fit_schedule
 from latentgen.cli.sample import sample
 from latentgen.cli.train import train
 
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(sample)
+app.command()(fit_schedule)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(recipe.app, name="recipe")
 

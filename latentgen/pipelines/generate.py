@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -18,14 +19,19 @@ from torch import Tensor
 from latentgen.core.errors import UserError
 from latentgen.diffusion.brownian import brownian_noise
 from latentgen.diffusion.noise import student
-from latentgen.diffusion.parameterization import EDM, VE, Flow
+from latentgen.diffusion.parameterization import EDM, VE, Denoiser, Flow
 from latentgen.diffusion.samplers import find_sampler, resolve
 from latentgen.diffusion.samplers.single import ddpm
 from latentgen.diffusion.schedules import SCHEDULES
+from latentgen.diffusion.variational import LogVariances
+from latentgen.formats.fitted_schedules import find_fitted
 from latentgen.formats.model_folder import Model
 from latentgen.models.autoencoder import decode, factor
 from latentgen.pipelines.guiding import Wish, check_guidance, guided, split_prompt, weak_model
 from latentgen.pipelines.pictures import to_pictures
+
+FITTED = "fitted"
+"""The schedule that `latentgen fit-schedule` found for the model, the sampler and the number of steps."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Request:
         guidance: how, beyond plain cfg: `NAME[,key=value]...` of `diffusion.guidance` each, such as
             "interval,low=0.3,high=6"; in any order.
         sampler: a name of `diffusion.samplers`, or what other tools call it; such a name may say the schedule too.
-        schedule: a name of `diffusion.schedules`; None is what the model's process was made for.
+        schedule: a name of `diffusion.schedules`, or "fitted"; None is what the model's process was made for.
         height, width: pixels, multiples of the autoencoder's factor.
     """
 
@@ -99,6 +105,11 @@ def generate(
 
 def _sigmas(request: Request, model: Model) -> Tensor:
     """The noise levels `[n + 1]` that the request visits; by default those the model's process was made for."""
+    if request.schedule == FITTED:
+        sampler, implied = resolve(request.sampler)
+        if implied is not None:
+            raise UserError(f"--sampler {request.sampler!r} means schedule {implied!r}: leave out --schedule fitted.")
+        return find_fitted(model.metadata, sampler, request.num_inference_steps)
     parameterization = model.parameterization()
     _, name = resolve(request.sampler, request.schedule)
     if name in (None, "flow") and isinstance(parameterization, Flow):
@@ -134,20 +145,34 @@ def _augmented_dim(model: Model) -> float | None:
 
 def _latents(model: Model, weak: Model | None, batch: list[Request], on_step: Callable[[int], object] | None) -> Tensor:
     """Sample the latents `[b, c, h, w]` of requests with equal settings."""
-    first, device = batch[0], model.unet.device
+    ready = prepare(model, batch, weak)
+    report = None if on_step is None else lambda i, x, x0_hat: on_step(len(batch))
+    own_noise = brownian_noise([r.seed for r in batch], ready.x)
+    method = find_sampler(batch[0].sampler)
+    knobs = {"log_variance": ready.log_variance} if method.run is ddpm else {}
+    latents = method(ready.denoise, ready.x, ready.sigmas, noise=own_noise, on_step=report, **knobs)
+    return latents.to(model.vae.dtype)
+
+
+class Prepared(NamedTuple):
+    """What a sampler needs: x `[b, c, h, w]` at the first of the levels `sigmas` `[n + 1]`; a variance if one was learned."""
+
+    denoise: Denoiser
+    x: Tensor
+    sigmas: Tensor
+    log_variance: LogVariances | None
+
+
+def prepare(model: Model, batch: Sequence[Request], weak: Model | None = None) -> Prepared:
+    """Words, noise and levels of requests with equal settings, for ONE sampling call; `weak` is for autoguidance."""
+    first, channels, times = batch[0], model.vae.config["latent_channels"], factor(model.vae)
     sigmas = _sigmas(first, model)
-    channels, times = model.vae.config["latent_channels"], factor(model.vae)
     noise = torch.cat([start_noise(r, channels, times, _augmented_dim(model)) for r in batch])
     # Noise alone, as k-diffusion and diffusers start: the data's share of the spread is 0.2 percent at sigma_max 14.6.
-    x = float(sigmas[0]) * noise.to(device)
+    x = float(sigmas[0]) * noise.to(model.unet.device)
     prompts = [split_prompt(r.prompt, r.guidance)[0] for r in batch]
     denoise, log_variance = guided(model, weak, _wish(first, sigmas), prompts, [r.negative_prompt for r in batch])
-    report = None if on_step is None else lambda i, x, x0_hat: on_step(len(batch))
-    own_noise = brownian_noise([r.seed for r in batch], x)
-    method = find_sampler(first.sampler)
-    knobs = {"log_variance": log_variance} if method.run is ddpm else {}
-    latents = method(denoise, x, sigmas, noise=own_noise, on_step=report, **knobs)
-    return latents.to(model.vae.dtype)
+    return Prepared(denoise, x, sigmas, log_variance)
 
 
 def parameters_line(request: Request, model_name: str, model_hash: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latentgen.core.errors import UserError
-from latentgen.diffusion.guidance import Part, batched, bind, build, parse, pick
+from latentgen.diffusion.guidance import Part, batched, bind, build, parse
 from latentgen.diffusion.parameterization import Denoiser, denoiser
 from latentgen.diffusion.variational import LogVariances, interpolated_log_variance
 from latentgen.formats.folder_check import check_folder
@@ -149,7 +149,9 @@ class _Network:
     def denoise_rows(self, x: Tensor, sigma: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """x0_hat [k, c, h, w], one block a kind."""
         unet = self.unet
-        context = torch.cat([pick(self.states[kind], at) for kind, at in rows.items()]).to(unet.dtype)
+        # Samplers that take many steps at once show every picture once a step, one step after the other.
+        states = {kind: self.states[kind][at % len(self.states[kind])] for kind, at in rows.items()}
+        context = torch.cat(list(states.values())).to(unet.dtype)
         weak = slice(0, 0)
         if self.perturbed and "weak" in rows:
             before = [len(at) for kind, at in rows.items()][: list(rows).index("weak")]

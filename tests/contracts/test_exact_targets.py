@@ -33,6 +33,7 @@ SILENT = {
     **{name: {} for name, method in SAMPLERS.items() if not method.noise},
     **{name: {"eta": 0.0} for name in STOCHASTIC if name not in NO_SWITCH},
     "restart": {"restarts": 0},
+    "parallel": {"tolerance": 0.0},
 }
 
 

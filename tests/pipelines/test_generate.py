@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -69,6 +70,14 @@ def test_the_noise_belongs_to_the_picture(tiny: Model, monkeypatch: pytest.Monke
     noise = start_noise(ask(seed=7), 4, 4)
     assert noise.shape == (1, 4, 4, 4)
     torch.testing.assert_close(alone[0] / alone[0].std(), noise[0] / noise.std(), rtol=1e-4, atol=1e-5)
+
+
+def test_many_steps_at_once_keep_each_picture_its_prompt(tiny: Model) -> None:
+    """The network then sees the window's steps one after another, each a whole batch."""
+    asked = [ask(seed=1, num_inference_steps=6), ask("a blue star", seed=2, num_inference_steps=6)]
+    sequential = list(generate(tiny, [dataclasses.replace(r, sampler="euler") for r in asked]))
+    parallel = list(generate(tiny, [dataclasses.replace(r, sampler="parallel") for r in asked]))
+    assert max(distance(a, b) for a, b in zip(sequential, parallel, strict=True)) <= 1
 
 
 def test_the_global_stream_plays_no_part(tiny: Model) -> None:

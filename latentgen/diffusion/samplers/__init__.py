@@ -30,6 +30,7 @@ from latentgen.diffusion.samplers.adaptive import dpm_adaptive
 from latentgen.diffusion.samplers.common import NoiseSource, OnStep, Sampler
 from latentgen.diffusion.samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral, dpmpp_3m_sde, dpmpp_sde
 from latentgen.diffusion.samplers.linear import deis, ipndm, lms, plms
+from latentgen.diffusion.samplers.parallel import parallel
 from latentgen.diffusion.samplers.single import ddim, ddpm, dpm2, dpm2_ancestral, euler, euler_ancestral, heun, lcm
 from latentgen.diffusion.samplers.stochastic import er_sde, restart
 from latentgen.diffusion.samplers.unipc import unipc
@@ -132,6 +133,7 @@ SAMPLERS: Mapping[str, Method] = {
     "er_sde": Method(er_sde, order=3, noise=True),
     "restart": Method(restart, order=2, noise=True, calls=None),
     "lcm": Method(lcm, order=0, noise=True),
+    "parallel": Method(parallel, order=1, calls=None),
     "dpm_adaptive": Method(dpm_adaptive, order=3, calls=None),
 }
 

@@ -1,0 +1,269 @@
+"""Error against a 4,000-step reference at equal numbers of network calls: our samplers and those of diffusers.
+
+    python benchmarks/solvers.py [--quick] [--problems mixture shapes] [--calls 5 8] [--model data/shapes-model] ...
+
+Two problems: an analytic mixture of eight Gaussians in 64 dimensions, in float64 with the exact denoiser, and latents
+of the shipped model under classifier-free guidance. Each deterministic sampler runs on each schedule, and so does each
+deterministic scheduler of diffusers with its own choices of spacing and sigmas, in its own space, as its pipelines do.
+All start from the same noise, and have taken their last call when they arrive at the end.
+
+A call is one evaluation of the denoiser for each picture; guidance doubles it for all alike. n calls means the most
+steps that cost at most n. The error of a picture is the root mean square distance from where the probability flow
+ends; what is shown is its geometric mean over the pictures. The flow is followed to sigma_min, the lowest level that a
+network knows, and from there in one step to 0, as every sampler here does. Schedulers of diffusers that stop at
+sigma_min (DEIS, SA-Solver) are compared with the flow at that level, which spares them the last step.
+
+Schedules are fitted to OTHER noise (and other prompts) than what is measured. Results are kept in --cache as they come,
+so an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from plots import Line, line_chart
+from safetensors.torch import load_file, save_file
+from solver_problems import Counted, Problem, mixture, shapes
+from solver_theirs import METHODS, SIGMAS, SPACINGS, run, variants
+from torch import Tensor
+
+from latentgen.core.errors import UserError
+from latentgen.core.files import content_key, file_sha256, write_json, write_text
+from latentgen.diffusion.fitted import error_of, fit
+from latentgen.diffusion.samplers import SAMPLERS, Sampler, dpmpp_2m
+from latentgen.diffusion.schedules import SCHEDULES, exponential
+
+DEFAULT = "dpmpp_2m"
+BUDGETS = (5, 8, 10, 15, 20, 30)
+FITTED = {"mixture": 4, "shapes": 2}
+"""Samplers to fit a schedule for, at each number of calls: the default one and those that do best unfitted."""
+ROOT = Path(__file__).resolve().parents[1]
+DOCS, PLOT = ROOT / "docs" / "samplers.md", ROOT / "docs" / "images" / "solvers-{}.png"
+Results = dict[str, dict[str, float]]
+"""{"ours | sampler schedule" or "fitted | sampler" or "theirs | label": {calls: error}}."""
+
+
+def deterministic() -> list[str]:
+    """Registered samplers that ask for no noise and whose number of calls follows from that of steps."""
+    return [name for name, method in SAMPLERS.items() if method.calls is not None and calls_of(name, 2) is not None]
+
+
+def calls_of(name: str, n: int) -> float | None:
+    """Evaluations that n steps from 1 over 0.1 to 0 cost, counted on one number; None for a sampler that adds noise."""
+    counted = Counted(lambda x, sigma: x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2), 1)
+    try:
+        SAMPLERS[name](counted, torch.ones(1, 1, 1, 1), torch.cat([torch.linspace(1, 0.1, n), torch.zeros(1)]))
+    except UserError:
+        return None
+    return counted.calls
+
+
+def steps_for(name: str, budget: int) -> int:
+    """The most steps that cost at most `budget` calls; 0 where even one costs more."""
+    return max((n for n in range(1, budget + 1) if (calls_of(name, n) or budget + 1) <= budget), default=0)
+
+
+def start(problem: Problem, sigma: float, test: bool = True) -> Tensor:
+    """The same noise at any level, with the spread of unit data added: what x / sqrt(1 + sigma^2) starts from."""
+    return problem.noise(test) * (1 + sigma**2) ** 0.5
+
+
+class Bench:
+    """One problem, its reference, and the results so far."""
+
+    def __init__(self, problem: Problem, reference_steps: int, cache: Path, settings: dict[str, object]) -> None:
+        key = content_key({**settings, "problem": problem.name, "reference": reference_steps})[:12]
+        self.problem, self.steps = problem, reference_steps
+        self.file, self.targets_file = (cache / f"{problem.name}-{key}{end}" for end in (".json", ".safetensors"))
+        self.results: Results = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        cache.mkdir(parents=True, exist_ok=True)
+
+    def targets(self, test: bool = True) -> dict[str, Tensor]:
+        """Where the flow is at sigma_min, and its end. The fitting set needs fewer steps: it only guides a search."""
+        path = self.targets_file if test else self.targets_file.with_stem(self.targets_file.stem + "-fit")
+        if not path.is_file():
+            p, problem = self.problem.parameterization, self.problem
+            steps = self.steps if test else min(self.steps, 100)
+            sigmas, denoise = exponential(steps, p), problem.denoiser(test)
+            at_min = dpmpp_2m(denoise, start(problem, p.sigma_max, test), sigmas[:-1])
+            end = dpmpp_2m(denoise, at_min, sigmas[-2:])
+            save_file({"at_min": at_min, "end": end}, path)
+        return load_file(path)
+
+    def put(self, key: str, budget: int, error: float) -> None:
+        self.results.setdefault(key, {})[str(budget)] = error
+        write_json(self.file, self.results)
+        print(f"{self.problem.name:8} {key:40} {budget:3} calls  {error:.3g}", flush=True)
+
+    def missing(self, key: str, budgets: Iterable[int]) -> list[int]:
+        return [budget for budget in budgets if str(budget) not in self.results.get(key, {})]
+
+    def measure(self, sampler: Sampler, sigmas: Tensor, budget: int) -> float:
+        """The error of one run of ours, after checking what it cost."""
+        x = start(self.problem, float(sigmas[0]))
+        counted = Counted(self.problem.denoiser(True), len(x))
+        out = sampler(counted, x, sigmas)
+        assert counted.calls <= budget, f"{counted.calls} calls where {budget} were allowed"
+        return error_of((out - self.targets()["end"]).flatten(1))
+
+    def run_theirs(self, budgets: Iterable[int]) -> None:
+        p = self.problem.parameterization
+        for label in variants():
+            key = f"theirs | {label}"
+            for budget in self.missing(key, budgets):
+                found = run(self.problem, label, budget, self.problem.denoiser(True))
+                if found is None:
+                    continue
+                x, sigma, calls = found
+                assert calls <= budget, f"{label}: {calls} calls where {budget} were allowed"
+                assert sigma == 0 or abs(sigma / p.sigma_min - 1) < 0.01, f"{label} ends at sigma {sigma}"
+                target = self.targets()["end" if sigma == 0 else "at_min"]
+                self.put(key, budget, error_of((x - target).flatten(1)))
+
+    def run_ours(self, budgets: Iterable[int]) -> None:
+        for name in deterministic():
+            for schedule, make in SCHEDULES.items():
+                key = f"ours | {name} {schedule}"
+                for budget in self.missing(key, budgets):
+                    n = steps_for(name, budget)
+                    try:
+                        sigmas = make(n, self.problem.parameterization)
+                    except UserError:
+                        continue
+                    self.put(key, budget, self.measure(SAMPLERS[name], sigmas, budget))
+
+    def run_fitted(self, budgets: Iterable[int], best: int) -> None:
+        """Fit to the other pictures, measure on these. best: so many samplers."""
+        p, names = self.problem.parameterization, deterministic()
+        for budget in budgets:
+            ranked = sorted(names, key=lambda name: best_of(self.results, f"ours | {name} ", budget)[0])
+            for name in list(dict.fromkeys([DEFAULT, *ranked]))[:best]:
+                key, n = f"fitted | {name}", steps_for(name, budget)
+                if self.missing(key, [budget]) and n > 0:
+                    x, target = start(self.problem, p.sigma_max, test=False), self.targets(test=False)["end"]
+                    found = fit(self.problem.denoiser(False), x, n, p, solver=SAMPLERS[name], target=target)
+                    self.put(key, budget, self.measure(SAMPLERS[name], found.sigmas, budget))
+
+
+def best_of(results: Results, prefix: str, budget: int) -> tuple[float, str]:
+    """The least error at a number of calls among the keys with a prefix, and whose it is. (inf, "-") if none."""
+    found = [(errors[str(budget)], key) for key, errors in results.items() if key.startswith(prefix)
+             and str(budget) in errors]  # fmt: skip
+    return min(found, default=(float("inf"), "- | -"))
+
+
+def budgets_of(results: Results) -> list[int]:
+    return sorted({int(budget) for errors in results.values() for budget in errors})
+
+
+def tables(results: Results) -> str:
+    """Markdown: the best of each side, then every method with its best schedule."""
+    budgets = budgets_of(results)
+    head = "| | " + " | ".join(f"{budget} calls" for budget in budgets) + " |\n|---"
+    lines = [head + "|---" * len(budgets) + "|"]
+    for title, prefix in (("best of diffusers", "theirs"), ("best of ours", "ours"), ("ours, fitted", "fitted")):
+        cells = [best_of(results, f"{prefix} |", budget) for budget in budgets]
+        lines.append(
+            f"| {title} | "
+            + " | ".join(f"{e:.2g} ({key.split(' | ')[1]})" if e < 1e9 else "" for e, key in cells)
+            + " |"
+        )
+    rows = [(f"ours: {name}", [f"ours | {name} {word}" for word in SCHEDULES], name) for name in deterministic()]
+    choices = ("", *(f" {word}" for word in (*SPACINGS, *SIGMAS, "lu")))
+    rows += [(f"diffusers: {name}", [f"theirs | {name}{word}" for word in choices], "") for name in METHODS]
+    lines += ["", head.replace("| |", "| method, best schedule |", 1) + "|---" * len(budgets) + "|"]
+    for title, keys, fitted in rows:
+        cells = []
+        for budget in budgets:
+            error = best_of({key: results[key] for key in keys if key in results}, "", budget)[0]
+            with_fit = results.get(f"fitted | {fitted}", {}).get(str(budget))
+            cells.append((f"{error:.2g}" if error < 1e9 else "") + (f" / **{with_fit:.2g}**" if with_fit else ""))
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def verdict(results: Results) -> list[str]:
+    """What the benchmark claims, number of calls by number of calls."""
+    said = []
+    for budget in budgets_of(results):
+        theirs, ours, fitted = (best_of(results, f"{side} |", budget) for side in ("theirs", "ours", "fitted"))
+        best = min(ours, fitted)
+        holds = "yes" if best[0] <= theirs[0] else "NO"
+        said.append(
+            f"{budget:3} calls: ours {best[0]:.3g} ({best[1]}), diffusers {theirs[0]:.3g} ({theirs[1]}): {holds}"
+        )
+        better = "yes" if fitted[0] < ours[0] else "NO"
+        said.append(f"    fitted {fitted[0]:.3g}, unfitted {ours[0]:.3g} ({ours[1]}): {better}")
+    return said
+
+
+def plot(problem: Problem, results: Results, path: Path) -> None:
+    """Error over calls: the best of each side, and a few well-known pairs."""
+    budgets = budgets_of(results)
+
+    def line(title: str, prefix: str, strong: bool = False) -> Line:
+        points = [(budget, best_of(results, prefix, budget)[0]) for budget in budgets]
+        return Line(title, [(x, y) for x, y in points if y < 1e9], strong)
+
+    lines = [
+        line("best of diffusers", "theirs |", True),
+        line("best of ours", "ours |", True),
+        line("ours, fitted to the model", "fitted |", True),
+        line("ours: dpmpp_2m karras", "ours | dpmpp_2m karras"),
+        line("ours: dpmpp_2m trailing", "ours | dpmpp_2m trailing"),
+        line("ours: heun karras", "ours | heun karras"),
+        line("diffusers: UniPC, any sigmas", "theirs | UniPC "),
+    ]
+    line_chart(path, problem.title, "network calls", "error", [line for line in lines if line.points], log=True)
+
+
+def write_docs(name: str, title: str, results: Results) -> None:
+    """Put the tables between the problem's markers in docs/samplers.md."""
+    text = DOCS.read_text(encoding="utf-8")
+    begin, end = f"<!-- solvers {name} -->", f"<!-- end solvers {name} -->"
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    image = f"![Error over network calls: {title}](images/{Path(str(PLOT).format(name)).name})"
+    write_text(DOCS, f"{before}{begin}\n{image}\n\n{tables(results)}\n{end}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few pictures, 5 and 10 calls, a reference of 400 steps")
+    parser.add_argument("--problems", nargs="+", choices=("mixture", "shapes"), default=["mixture", "shapes"])
+    parser.add_argument("--calls", type=int, nargs="+", default=None, help=f"default: {BUDGETS}")
+    parser.add_argument("--model", type=Path, default=ROOT / "data" / "shapes-model")
+    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--pictures", type=int, help="default: 64 of the mixture, 8 of the model")
+    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / ".cache" / "solvers")
+    parser.add_argument("--no-docs", action="store_true", help="print only")
+    options = parser.parse_args()
+    budgets, reference_steps = ((5, 10), 400) if options.quick else (BUDGETS, 4000)
+    budgets = tuple(options.calls or budgets)
+    usual = {"mixture": 16, "shapes": 4} if options.quick else {"mixture": 64, "shapes": 8}
+    with torch.no_grad():
+        for name in options.problems:
+            pictures = options.pictures or usual[name]
+            settings: dict[str, object] = {"pictures": pictures}
+            if name == "mixture":
+                problem = mixture(pictures)
+            else:
+                problem = shapes(options.model, pictures, options.guidance_scale)
+                weights = sorted((options.model / "unet").glob("*.safetensors"))
+                settings.update(model=[file_sha256(path) for path in weights], guidance_scale=options.guidance_scale)
+            bench = Bench(problem, reference_steps, options.cache, settings)
+            bench.run_theirs(budgets)
+            bench.run_ours(budgets)
+            bench.run_fitted([b for b in budgets if b <= 10 or name == "mixture"], best=FITTED[name])
+            print("\n".join(verdict(bench.results)))
+            if not options.no_docs and not options.quick:
+                plot(problem, bench.results, Path(str(PLOT).format(name)))
+                write_docs(name, problem.title, bench.results)
+
+
+if __name__ == "__main__":
+    main()

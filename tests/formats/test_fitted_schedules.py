@@ -1,0 +1,47 @@
+"""Fitted schedules in the model folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentgen.core.errors import UserError
+from latentgen.formats.fitted_schedules import find_fitted, write_fitted
+from latentgen.formats.model_folder import METADATA, Model, load_metadata, save_model
+
+
+def entry(sampler: str = "dpmpp_2m", steps: int = 2, middle: float = 1.0) -> dict[str, object]:
+    return {"sampler": sampler, "steps": steps, "guidance_scale": 4.0, "sigmas": [14.0, middle, 0.0]}
+
+
+def test_written_found_and_replaced(tiny: Model, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save_model(tiny, folder)
+    before = json.loads((folder / METADATA).read_text())
+    for each in (entry(), entry("heun"), entry(middle=2.0)):
+        write_fitted(folder, each)
+    after = json.loads((folder / METADATA).read_text())
+    assert len(after["metadata"].pop("fitted_schedules")) == 2
+    assert after == before
+    metadata = load_metadata(folder)
+    assert torch.equal(find_fitted(metadata, "dpmpp_2m", 2), torch.tensor([14.0, 2.0, 0.0]))
+    assert torch.equal(find_fitted(metadata, "heun", 2), torch.tensor([14.0, 1.0, 0.0]))
+    (folder / METADATA).unlink()  # as other tools write folders
+    write_fitted(folder, entry())
+    assert len(find_fitted(load_metadata(folder), "dpmpp_2m", 2)) == 3
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    metadata = {"fitted_schedules": [entry()]}
+    with pytest.raises(UserError, match="dpmpp_2m with 2 steps"):
+        find_fitted(metadata, "dpmpp_2m", 3)
+    with pytest.raises(UserError, match=r"none.*fit-schedule"):
+        find_fitted({}, "heun", 8)
+    for sigmas in ([14.0, 0.0], [14.0, 15.0, 0.0], [14.0, 1.0, 0.5], []):
+        with pytest.raises(UserError, match="broken"):
+            find_fitted({"fitted_schedules": [{**entry(), "sigmas": sigmas}]}, "dpmpp_2m", 2)
+    with pytest.raises(UserError):
+        write_fitted(tmp_path / "nothing", entry())
