@@ -174,14 +174,18 @@ def scheduler_config(prediction: str, schedule: Mapping[str, Any]) -> dict[str, 
         known = ", ".join([*PREDICTION_TYPES, "flow"])
         raise UserError(f'a model folder cannot say that the U-Net predicts "{prediction}"; it can say {known}')
     table = _table(schedule)
+    # Karras' levels begin and end where the evenly spaced times do: "linspace" spans the whole table.
+    spacing = "trailing" if table.zero_terminal_snr else "linspace"
     return {
         "_class_name": "EulerDiscreteScheduler",
         **common,
+        "timestep_spacing": spacing,
         "num_train_timesteps": table.num_timesteps,
         "beta_schedule": "squaredcos_cap_v2" if table.kind == "cosine" else table.kind,
         "beta_start": table.beta_start,
         "beta_end": table.beta_end,
         "rescale_betas_zero_snr": table.zero_terminal_snr,
+        "use_karras_sigmas": not table.zero_terminal_snr,
         "prediction_type": PREDICTION_TYPES[prediction],
         "interpolation_type": "linear",
     }

@@ -18,7 +18,7 @@ from torch import Tensor
 from latentgen.core.errors import UserError
 from latentgen.diffusion import lookup
 from latentgen.diffusion.guidance import CFG, batched, bind
-from latentgen.diffusion.parameterization import Denoiser, Flow, Parameterization, denoiser
+from latentgen.diffusion.parameterization import X0, Denoiser, Eps, Flow, Parameterization, V, denoiser
 from latentgen.diffusion.samplers import find_sampler
 from latentgen.diffusion.schedules import SCHEDULES
 from latentgen.formats.model_folder import Model
@@ -97,8 +97,18 @@ def _sigmas(request: Request, model: Model) -> Tensor:
     if request.schedule is None and isinstance(parameterization, Flow):
         shift = float(model.schedule.get("shift", 1.0))
         return SCHEDULES["flow"](request.num_inference_steps, parameterization, shift=shift)
-    schedule = lookup(SCHEDULES, request.schedule or "trailing", "schedule")
+    schedule = lookup(SCHEDULES, request.schedule or usual_schedule(parameterization), "schedule")
     return schedule(request.num_inference_steps, parameterization)
+
+
+def usual_schedule(parameterization: Parameterization) -> str:
+    """Karras' levels, which put the steps where the picture is decided; the exported scheduler says the same.
+
+    A table that ends in nothing but noise begins at a level that no power of levels leads down from: it takes its own
+    times, evenly.
+    """
+    endless = isinstance(parameterization, Eps | V | X0) and parameterization.table.zero_terminal_snr
+    return "trailing" if endless else "karras"
 
 
 def _settings(request: Request) -> Request:
