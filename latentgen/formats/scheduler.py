@@ -20,7 +20,7 @@ from typing import Any
 
 from latentgen.core.errors import UserError
 from latentgen.diffusion.noise_tables import TRAINED, NoiseTable
-from latentgen.diffusion.parameterization import Parameterization, make
+from latentgen.diffusion.parameterization import X0, Eps, Parameterization, V, make
 
 
 def parameterization(prediction: str, schedule: Mapping[str, Any]) -> Parameterization:
@@ -75,7 +75,23 @@ def scheduler_config(prediction: str, schedule: Mapping[str, Any], learned_varia
     }
     if learned_variance:
         return {"_class_name": "DDPMScheduler", **config, "variance_type": "learned_range", "clip_sample": False}
+    if usual_schedule(make(prediction, table)) == "karras":
+        # These levels begin and end where the evenly spaced times do: "linspace" spans the whole table.
+        config |= {"timestep_spacing": "linspace", "use_karras_sigmas": True}
     return {"_class_name": "EulerDiscreteScheduler", **config, "interpolation_type": "linear"}
+
+
+FAR = 200.0
+"""Levels above this are nothing but noise: they deserve no step, and Karras' levels would give them many."""
+
+
+def usual_schedule(process: Parameterization) -> str:
+    """The schedule to sample with where none is asked for: Karras' levels, with their steps where pictures are decided.
+
+    Tables that run far into noise (cosine ones, zero terminal SNR) take their own times, evenly. The exported scheduler
+    says the same.
+    """
+    return "trailing" if isinstance(process, Eps | V | X0) and process.sigma_max > FAR else "karras"
 
 
 def _common() -> dict[str, Any]:

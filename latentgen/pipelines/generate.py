@@ -19,13 +19,14 @@ from torch import Tensor
 from latentgen.core.errors import UserError
 from latentgen.diffusion.brownian import brownian_noise
 from latentgen.diffusion.noise import student
-from latentgen.diffusion.parameterization import EDM, VE, Denoiser, Flow
+from latentgen.diffusion.parameterization import EDM, Denoiser, Flow
 from latentgen.diffusion.samplers import find_sampler, resolve
 from latentgen.diffusion.samplers.single import ddpm
 from latentgen.diffusion.schedules import SCHEDULES
 from latentgen.diffusion.variational import LogVariances
 from latentgen.formats.fitted_schedules import find_fitted
 from latentgen.formats.model_folder import Model
+from latentgen.formats.scheduler import usual_schedule
 from latentgen.models.autoencoder import decode, factor
 from latentgen.pipelines.guiding import Wish, check_guidance, guided, split_prompt, weak_model
 from latentgen.pipelines.pictures import to_pictures
@@ -115,8 +116,7 @@ def _sigmas(request: Request, model: Model) -> Tensor:
     if name in (None, "flow") and isinstance(parameterization, Flow):
         shift = float(model.schedule.get("shift", 1.0))
         return SCHEDULES["flow"](request.num_inference_steps, parameterization, shift=shift)
-    usual = "karras" if isinstance(parameterization, EDM | VE) else "trailing"
-    return SCHEDULES[name or usual](request.num_inference_steps, parameterization)
+    return SCHEDULES[name or usual_schedule(parameterization)](request.num_inference_steps, parameterization)
 
 
 def _settings(request: Request) -> tuple[Request, tuple[float, ...]]:
@@ -155,7 +155,7 @@ def _latents(model: Model, weak: Model | None, batch: list[Request], on_step: Ca
 
 
 class Prepared(NamedTuple):
-    """What a sampler needs: x `[b, c, h, w]` at the first of the levels `sigmas` `[n + 1]`; a variance if one was learned."""
+    """What a sampler needs: x `[b, c, h, w]` at the first level, levels `sigmas` `[n + 1]`, the variance if learned."""
 
     denoise: Denoiser
     x: Tensor

@@ -168,7 +168,8 @@ class _Network:
 
     def log_variance(self, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         """What the head said in the last evaluation, [b, c, h, w] (arXiv 2102.09672, eq. 15)."""
-        assert self.head is not None and len(self.head) == len(x), "asked before every picture had its prediction"
+        assert self.head is not None, "asked before the first prediction"
+        assert len(self.head) == len(x), "asked before every picture had its prediction"
         return interpolated_log_variance(self.head.to(x.dtype), sigma, sigma_next)
 
 

@@ -201,4 +201,4 @@ def test_the_default_schedule_follows_the_process(
     for prediction in ("v", "flow"):
         list(generate(tiny_builder(prediction), [ask()]))
         asked.append("|")
-    assert [name for name, _ in itertools.groupby(asked)] == ["trailing", "|", "flow", "|"]
+    assert [name for name, _ in itertools.groupby(asked)] == ["karras", "|", "flow", "|"]
