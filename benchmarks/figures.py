@@ -17,7 +17,8 @@ from latentgen.core.errors import UserError
 from latentgen.core.files import write_text
 from latentgen.diffusion.losses import WEIGHTS
 from latentgen.diffusion.noise_levels import DENSITIES
-from latentgen.diffusion.parameterization import BETAS, EDM, Flow, NoiseTable, V
+from latentgen.diffusion.noise_tables import BETAS, NoiseTable
+from latentgen.diffusion.parameterization import EDM, Flow, V
 from latentgen.diffusion.samplers import ALIASES, SAMPLERS
 from latentgen.diffusion.schedules import SCHEDULES
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,15 +109,15 @@ def shapes(folder: Path, pictures: int, guidance_scale: float) -> Problem:
         texts = {"cond": prompts, "uncond": [""] * len(prompts)}
         states = {kind: encode_text(model.text_encoder, model.tokenizer, text) for kind, text in texts.items()}
 
-        def denoise_kinds(x: Tensor, sigma: Tensor, kinds: tuple[str, ...]) -> Tensor:
-            context = torch.cat([states[kind] for kind in kinds])
+        def denoise_rows(x: Tensor, sigma: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+            context = torch.cat([states[kind][at % len(prompts)] for kind, at in rows.items()])
 
             def network(x_in: Tensor, c_noise: Tensor) -> Tensor:
                 return model.unet(x_in, c_noise, encoder_hidden_states=context, return_dict=False)[0]
 
             return make_denoiser(p, network)(x, sigma)
 
-        return bind(CFG(guidance_scale), batched(denoise_kinds))
+        return bind(CFG(guidance_scale), batched(denoise_rows))
 
     def noise(test: bool) -> Tensor:
         seeds = range(pictures) if test else range(1000, 1000 + len(FITTING_PROMPTS))

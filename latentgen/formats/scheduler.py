@@ -75,7 +75,7 @@ def scheduler_config(prediction: str, schedule: Mapping[str, Any], learned_varia
     }
     if learned_variance:
         return {"_class_name": "DDPMScheduler", **config, "variance_type": "learned_range", "clip_sample": False}
-    if usual_schedule(make(prediction, table)) == "karras":
+    if usual_schedule(make("v", table)) == "karras":  # the levels are the table's, whatever is predicted
         # These levels begin and end where the evenly spaced times do: "linspace" spans the whole table.
         config |= {"timestep_spacing": "linspace", "use_karras_sigmas": True}
     return {"_class_name": "EulerDiscreteScheduler", **config, "interpolation_type": "linear"}

@@ -174,8 +174,8 @@ def test_a_name_may_say_the_schedule(tiny: Model) -> None:
     named, spelt, other = generate(
         tiny,
         [
-            ask(sampler="DPM++ 2M Karras"),
-            ask(sampler="dpmpp_2m", schedule="karras"),
+            ask(sampler="DPM++ 2M Exponential"),
+            ask(sampler="dpmpp_2m", schedule="exponential"),
             ask(sampler="DPMSolverMultistepScheduler"),
         ],
     )
