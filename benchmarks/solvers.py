@@ -238,13 +238,13 @@ def main() -> None:
     parser.add_argument("--calls", type=int, nargs="+", default=None, help=f"default: {BUDGETS}")
     parser.add_argument("--model", type=Path, default=ROOT / "data" / "shapes-model")
     parser.add_argument("--guidance-scale", type=float, default=4.0)
-    parser.add_argument("--pictures", type=int, help="default: 64 of the mixture, 8 of the model")
+    parser.add_argument("--pictures", type=int, help="default: 64 of the mixture, 16 of the model")
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / ".cache" / "solvers")
     parser.add_argument("--no-docs", action="store_true", help="print only")
     options = parser.parse_args()
     budgets, reference_steps = ((5, 10), 400) if options.quick else (BUDGETS, 4000)
     budgets = tuple(options.calls or budgets)
-    usual = {"mixture": 16, "shapes": 4} if options.quick else {"mixture": 64, "shapes": 8}
+    usual = {"mixture": 16, "shapes": 4} if options.quick else {"mixture": 64, "shapes": 16}
     with torch.no_grad():
         for name in options.problems:
             pictures = options.pictures or usual[name]

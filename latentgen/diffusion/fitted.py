@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,10 @@ from latentgen.diffusion.parameterization import Denoiser, Parameterization
 from latentgen.diffusion.samplers import Sampler, dpmpp_2m, heun
 from latentgen.diffusion.schedules import SCHEDULES, exponential
 
-DIFFERENCE = 0.02
-"""Relative change of a step for the derivative by it: far above rounding in float32, far below the step."""
+DIFFERENCE = 0.1
+"""Relative change of a step for the derivative by it: wide enough to see past the roughness of a network."""
+BLENDED = 4
+"""Registered schedules whose means, two by two, are further starts."""
 TINY = 1e-30
 LONGEST_MOVE = 1.0
 """A step may grow or shrink by the factor e in one improvement."""
@@ -34,7 +37,7 @@ class Fit(NamedTuple):
 
     sigmas: [n + 1], float32, descending, first sigma_max, last 0.
     error: distance of a typical picture from the reference, as `error_of` measures it.
-    start: name of the schedule it started from, the best of the registered ones; start_error: that one's error.
+    start: the best of the registered schedules; start_error: that one's error.
     """
 
     sigmas: Tensor
@@ -70,7 +73,7 @@ def fit(
         solver: a deterministic sampler.
         target: where x should arrive [b, c, h, w]; None asks `reference`.
         rounds: improvements at most; ends sooner where one gains less than half a percent.
-        starts: how many of the registered schedules to start from, best first.
+        starts: from how many schedules to descend: the best of the registered ones and of means of two of them.
         on_round: called with the number of the round and the error so far.
 
     Raises:
@@ -93,8 +96,13 @@ def fit(
         start_error, start, start_sigmas = found[0]
         if n == 1:
             return Fit(start_sigmas, start_error, start, start_error)
-        fits = [_descend(residual, sigmas, parameterization, rounds, on_round) for _, _, sigmas in found[:starts]]
-        sigmas, error = min(fits, key=lambda result: result[1])
+        among = [(error, sigmas) for error, _, sigmas in found]
+        for (_, one), (_, other) in combinations(among[:BLENDED], 2):
+            mean = torch.cat([(one[:-1] * other[:-1]).sqrt(), one[-1:]])
+            among.append((error_of(residual(mean)), mean))
+        among.sort(key=lambda candidate: candidate[0])
+        fits = [_descend(residual, sigmas, parameterization, rounds, on_round) for _, sigmas in among[:starts]]
+        sigmas, error = min([*fits, (start_sigmas, start_error)], key=lambda result: result[1])
     return Fit(sigmas, error, start, start_error)
 
 
