@@ -71,10 +71,10 @@ def _table_points(table: NoiseTable) -> list[tuple[float, float]]:
 
 def schedules(n: int = 10) -> None:
     """The levels of every sigma schedule."""
-    lines = []
+    by_levels: dict[tuple[float, ...], list[str]] = {}  # with usual knobs some are the same
     for name, schedule in SCHEDULES.items():
-        sigmas = schedule(n, V()).tolist()[:-1]
-        lines.append(Line(name, list(enumerate(sigmas))))
+        by_levels.setdefault(tuple(schedule(n, V()).tolist()[:-1]), []).append(name)
+    lines = [Line(", ".join(names), list(enumerate(levels))) for levels, names in by_levels.items()]
     line_chart(IMAGES / "schedules.png", f"Sigma schedules of {n} steps", "step", "sigma", lines, log=True)
 
 
@@ -103,7 +103,7 @@ def _density_points(sigma_of: Callable[[torch.Tensor], torch.Tensor], u: torch.T
 
 def weights() -> None:
     """The loss weights on x0_hat, for a v network, each divided by its value at sigma = 1."""
-    p, lines = V(), []
+    p, by_points = V(), dict[tuple[tuple[float, float], ...], list[str]]()  # for a v network some are the same
     c_out = p.scalings(LEVELS).c_out ** 2
     for name, weight in WEIGHTS.items():
         try:
@@ -111,8 +111,9 @@ def weights() -> None:
         except UserError:  # it is learned, and has no formula
             continue
         at_one = on_x0[(LEVELS - 1).abs().argmin()]
-        points = [(float(s), float(w)) for s, w in zip(LEVELS, on_x0 / at_one, strict=True) if w > 1e-4]
-        lines.append(Line(name, points))
+        pairs = zip(LEVELS.tolist(), (on_x0 / at_one).tolist(), strict=True)
+        by_points.setdefault(tuple((s, float(f"{w:.9g}")) for s, w in pairs if w > 1e-4), []).append(name)
+    lines = [Line(", ".join(names), points) for points, names in by_points.items()]
     line_chart(IMAGES / "weights.png", "Loss weights on x0 (v network)", "sigma", "weight", lines, log=True, log_x=True)
 
 
