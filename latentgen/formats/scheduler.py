@@ -21,6 +21,7 @@ from typing import Any
 from latentgen.core.errors import UserError
 from latentgen.diffusion.noise_tables import TRAINED, NoiseTable
 from latentgen.diffusion.parameterization import X0, Eps, Parameterization, V, make
+from latentgen.diffusion.samplers.common import FAR
 
 
 def parameterization(prediction: str, schedule: Mapping[str, Any]) -> Parameterization:
@@ -81,15 +82,11 @@ def scheduler_config(prediction: str, schedule: Mapping[str, Any], learned_varia
     return {"_class_name": "EulerDiscreteScheduler", **config, "interpolation_type": "linear"}
 
 
-FAR = 200.0
-"""Levels above this are nothing but noise: they deserve no step, and Karras' levels would give them many."""
-
-
 def usual_schedule(process: Parameterization) -> str:
     """The schedule to sample with where none is asked for: Karras' levels, with their steps where pictures are decided.
 
-    Tables that run far into noise (cosine ones, zero terminal SNR) take their own times, evenly. The exported scheduler
-    says the same.
+    Tables that run far into noise (cosine ones, zero terminal SNR) take their own times, evenly: Karras' levels would
+    waste many steps on nothing but noise. The exported scheduler says the same.
     """
     return "trailing" if isinstance(process, Eps | V | X0) and process.sigma_max > FAR else "karras"
 

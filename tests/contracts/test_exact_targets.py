@@ -127,6 +127,20 @@ def test_multistep_errors_are_small_though_their_start_is_of_low_order(
     assert found.abs().max().item() < error
 
 
+@pytest.mark.parametrize("name", sorted(set(SILENT) - {"dpm_adaptive"}))
+def test_starting_far_above_the_data_overshoots_nothing(name: str) -> None:
+    """Ten steps of a flow model, whose first leads from 999 to 9: no sampler errs much more than Euler's method."""
+    times = torch.arange(10, 0, -1, dtype=torch.float64) / 10 * 0.999
+    levels = torch.cat([times / (1 - times), torch.zeros(1, dtype=torch.float64)])
+    generator = torch.Generator().manual_seed(11)
+    x = torch.randn(2, 1, 6, 2, dtype=torch.float64, generator=generator) * 999
+    fine = torch.logspace(math.log10(float(levels[0])), -3, 1000, dtype=torch.float64)
+    end = SAMPLERS["dpmpp_2m"](mixture, x, fine)
+    error = (SAMPLERS[name](mixture, x, levels, **SILENT[name]) - end).square().mean().sqrt().item()
+    euler = (SAMPLERS["euler"](mixture, x, levels) - end).square().mean().sqrt().item()
+    assert error < 1.5 * euler
+
+
 @pytest.mark.parametrize("order", [2, 3])
 def test_the_adaptive_error_follows_the_tolerance(order: int, solutions: dict) -> None:
     for tolerance, bound in ((1e-1, 0.2), (1e-2, 0.03), (1e-3, 5e-3), (1e-4, 5e-4)):

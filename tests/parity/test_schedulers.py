@@ -1,11 +1,11 @@
 """Samplers and schedules against the schedulers of diffusers, on the same network and the same noise.
 
-The network is a fixed function, so every difference is the sampler's. What is compared with what:
+What is compared with what (flow, EDM and more in test_other_schedulers.py):
 
     ddim                    DDIMScheduler, eta 0 to 1
     ddpm                    DDPMScheduler, variance fixed_small, fixed_large and learned_range, up to 1000 steps
     plms                    PNDMScheduler, skip_prk_steps
-    euler, heun             EulerDiscreteScheduler, HeunDiscreteScheduler; FlowMatchEulerDiscreteScheduler
+    euler, heun             EulerDiscreteScheduler, HeunDiscreteScheduler
     euler_ancestral         EulerAncestralDiscreteScheduler
     dpm2, dpm2_ancestral    KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler
     lms                     LMSDiscreteScheduler
@@ -14,7 +14,7 @@ The network is a fixed function, so every difference is the sampler's. What is c
     deis, ipndm, unipc      DEISMultistepScheduler, IPNDMScheduler, UniPCMultistepScheduler (orders 1 to 3, bh1 and bh2)
     lcm                     LCMScheduler
 
-dpmpp_sde is in diffusers only with torchsde's noise; dpm_adaptive, er_sde and restart are not there.
+dpm_adaptive, er_sde, restart and parallel are not there.
 
 Known differences, all on the side of diffusers:
 
@@ -30,7 +30,7 @@ Known differences, all on the side of diffusers:
 - EulerDiscreteScheduler and HeunDiscreteScheduler interpolate sigma, not log(sigma), at the fractional times of
   `linspace`; they agree where n - 1 divides T - 1. For one step they start `linspace` at t = 0 and we at T - 1.
 - Their beta schedule takes the quantiles between sigma_max and sigma_min; the paper and ours take times.
-- FlowMatchEulerDiscreteScheduler starts at t = 1, sigma = infinity; ours at 1 - 1e-6.
+- FlowMatchEulerDiscreteScheduler and FlowMatchHeunDiscreteScheduler start at t = 1, sigma = infinity; ours at 1 - 1e-6.
 - DEISMultistepScheduler ends at the smallest sigma of the table, not at 0, and lowers its order at the end of fewer
   than 15 steps unless told not to; ours ends where it is told, and goes to 0 by Euler's method.
 - UniPCMultistepScheduler with bh1 gives NaN in its step to 0 (B(h) = -infinity times 0); compared up to there.
@@ -45,7 +45,6 @@ Known differences, all on the side of diffusers:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -58,7 +57,6 @@ from diffusers import (
     DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     IPNDMScheduler,
     KDPM2AncestralDiscreteScheduler,
@@ -68,52 +66,29 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from peers import (
+    PREDICTION,
+    STABLE_DIFFUSION,
+    TOLERANCE,
+    assert_same,
+    drawn,
+    generator,
+    initial_state,
+    network,
+    our_path,
+    ours,
+    start_noise,
+    their_path,
+    theirs,
+)
 
 from latentgen.diffusion.noise_tables import NoiseTable
-from latentgen.diffusion.parameterization import Eps, Flow, Parameterization, V, denoiser
+from latentgen.diffusion.parameterization import Eps, V
 from latentgen.diffusion.samplers import SAMPLERS, ddim, dpmpp_2m, euler, heun
 from latentgen.diffusion.schedules import SCHEDULES
 
-STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-PREDICTION = {"epsilon": Eps(), "v_prediction": V()}
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
-
 predictions = pytest.mark.parametrize("prediction", sorted(PREDICTION))
 steps = pytest.mark.parametrize("n", [1, 4, 20])
-
-
-def network(x_in: torch.Tensor, c_noise: torch.Tensor) -> torch.Tensor:
-    """Nonlinear, mixes pixels and channels, depends on time, and stays of order one."""
-    time = c_noise.to(x_in.dtype).reshape(-1, 1, 1, 1) / 1000
-    mixed = torch.tanh(x_in.roll(1, dims=1) - 0.5 * x_in.roll(1, dims=-1))
-    return x_in * (0.6 + 0.3 * time) + 0.4 * mixed * torch.cos(3 * time) + 0.1 * time
-
-
-def start_noise() -> torch.Tensor:
-    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def initial_state(noise: torch.Tensor, sigma: float) -> torch.Tensor:
-    """In our coordinates what DDIM, DPM-Solver and flow matching begin with, which hold x / sqrt(1 + sigma^2)."""
-    return noise * math.sqrt(1 + sigma**2)
-
-
-def theirs(
-    scheduler: Any, x: torch.Tensor, times: torch.Tensor | None = None, scales_input: bool = True, **step: Any
-) -> torch.Tensor:
-    """The sampling loop of a diffusers pipeline, after set_timesteps. `times`: what the network sees, if not the
-    scheduler's own timesteps."""
-    for i, t in enumerate(scheduler.timesteps):
-        scaled = scheduler.scale_model_input(x, t) if scales_input else x
-        seen = t if times is None else times[i]
-        x = scheduler.step(network(scaled, seen.reshape(1).expand(len(x))), t, x, **step).prev_sample
-    return x
-
-
-def ours(
-    sampler: Callable[..., torch.Tensor], p: Parameterization, sigmas: torch.Tensor, x: torch.Tensor, **knobs: Any
-) -> torch.Tensor:
-    return sampler(denoiser(p, network), x, sigmas, **knobs)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
@@ -211,77 +186,7 @@ def test_one_step_from_zero_terminal_snr_does_not_cancel() -> None:
     )
 
 
-@steps
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_flow_euler(n: int, shift: float) -> None:
-    """Times 1, (n-1)/n, ..., 1/n, shifted: the choice of the Flux and SD3 pipelines."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / n, n).tolist())
-    p = Flow(t_max=1 - 1e-6)
-    sigmas = SCHEDULES["flow"](n, p, shift=shift)
-    result = ours(euler, p, sigmas, initial_state(start_noise(), sigmas[0].item()))
-    torch.testing.assert_close(result, theirs(scheduler, start_noise(), scales_input=False), **TOLERANCE)
-
-
-@steps
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_flow_dpmpp_2m(n: int, shift: float) -> None:
-    """use_flow_sigmas starts at the shifted t = 0.999, so that is the t_max given to ours."""
-    scheduler = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, final_sigmas_type="zero"
-    )
-    scheduler.set_timesteps(n)
-    p = Flow(t_max=shift * 0.999 / (1 + (shift - 1) * 0.999))
-    sigmas = SCHEDULES["flow"](n, p, shift=shift)
-    x_t = start_noise()
-    result = ours(dpmpp_2m, p, sigmas, x_t * (1 + sigmas[0]))  # x_t = (1 - t) x
-    expected = theirs(scheduler, x_t, times=scheduler.sigmas * 1000)
-    torch.testing.assert_close(result, expected, **TOLERANCE)
-
-
 # --- whole trajectories -----------------------------------------------------------------------------------------------
-
-
-def their_path(
-    scheduler: Any, x: torch.Tensor, times: torch.Tensor | None = None, net: Any = network, **step: Any
-) -> list[torch.Tensor]:
-    """x after every call of the scheduler's step."""
-    path = []
-    for i, t in enumerate(scheduler.timesteps):
-        seen = t if times is None else times[i]
-        output = net(scheduler.scale_model_input(x, t), seen.reshape(1).expand(len(x)))
-        x = scheduler.step(output, t, x, **step).prev_sample
-        path.append(x)
-    return path
-
-
-def our_path(
-    name: str, p: Parameterization, sigmas: torch.Tensor, x: torch.Tensor, vp: bool, **knobs: Any
-) -> list[torch.Tensor]:
-    """x after every step; with `vp`, as x / sqrt(1 + sigma^2), which the schedulers hold that descend from DDPM."""
-    path: list[torch.Tensor] = []
-
-    def on_step(i: int, x: torch.Tensor, x0_hat: torch.Tensor) -> None:
-        path.append(x / math.sqrt(1 + sigmas[i + 1].item() ** 2) if vp else x)
-
-    SAMPLERS[name](denoiser(p, network), x, sigmas, on_step=on_step, **knobs)
-    return path
-
-
-def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
-    assert len(ours) == len(theirs)
-    for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-        torch.testing.assert_close(one, other, **TOLERANCE, msg=lambda text, i=i: f"after step {i}: {text}")
-
-
-def drawn(seed: int = 5) -> Any:
-    """Noise as diffusers draws it from a generator with this seed, one draw a call."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda sigma, sigma_next: torch.randn(2, 4, 8, 8, generator=generator)
-
-
-def generator(seed: int = 5) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 NOT_ON_V = {("plms", "v_prediction")}
@@ -479,31 +384,3 @@ def test_ipndm() -> None:
         on_step=lambda i, x, x0_hat: ours.append(x / math.sqrt(1 + sigmas[i + 1].item() ** 2)),
     )
     assert_same(ours, theirs)
-
-
-def test_third_order_of_diffusers_is_second() -> None:
-    """On Normal(0, 0.49), whose solution is known, down to t = 199."""
-    errors: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for n in (25, 50, 100):
-        p = Eps()
-        sigmas = SCHEDULES["trailing"](n, p).double()
-        scheduler = DPMSolverMultistepScheduler(
-            **STABLE_DIFFUSION, timestep_spacing="trailing", solver_order=3, lower_order_final=False
-        )
-        scheduler.set_timesteps(n)
-
-        def exact_eps(x_in: torch.Tensor, c_noise: torch.Tensor, p: Eps = p) -> torch.Tensor:
-            sigma = p.table.sigma_of_t(c_noise.double()).reshape(-1, 1, 1, 1)
-            return x_in * (1 + sigma**2).sqrt() * sigma / (0.49 + sigma**2)
-
-        x_vp = start_noise().double()
-        last = n * 4 // 5
-        solution = x_vp * ((1 + sigmas[0] ** 2) * (0.49 + sigmas[last] ** 2) / (0.49 + sigmas[0] ** 2)).sqrt()
-        theirs = their_path(scheduler, x_vp, net=exact_eps)[last - 1] * (1 + sigmas[last] ** 2).sqrt()
-        ours = SAMPLERS["dpmpp_3m_sde"](
-            denoiser(p, exact_eps), x_vp * (1 + sigmas[0] ** 2).sqrt(), sigmas[: last + 1], eta=0.0
-        )
-        errors["ours"].append((ours - solution).abs().max().item())
-        errors["theirs"].append((theirs - solution).abs().max().item())
-    orders = {who: math.log2(found[0] / found[-1]) / 2 for who, found in errors.items()}
-    assert orders["theirs"] < 2.5 < 2.7 < orders["ours"], (orders, errors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
@@ -20,6 +21,10 @@ OnStep = Callable[[int, Tensor, Tensor], None]
 """on_step(i, x, x0_hat), called after step i with the new x and the estimate that step started from."""
 
 Sampler = Callable[..., Tensor]
+
+FAR = 200.0
+"""A noise level above those of every process that steps in sigma were made for: EDM ends at 80. Flow models and tables
+of zero terminal SNR start above it."""
 
 
 def levels_of(sigmas: Tensor, who: str, *, adds_noise: bool = False) -> list[float]:
@@ -74,6 +79,38 @@ def line(x: Tensor, x0_hat: Tensor, sigma: float, sigma_next: float) -> Tensor:
     """The point at sigma_next on the line through x (at sigma) and x0_hat (at 0): an Euler step."""
     # x + (sigma_next - sigma) * (x - x0_hat) / sigma, so written that a step to 0 gives x0_hat itself
     return x0_hat + (sigma_next / sigma) * (x - x0_hat)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What the slopes of a method are taken over, and averaged or extrapolated: sigma, or the time t of flow models.
+
+        over sigma   dx / dsigma = (x - x0_hat) / sigma
+        over t       dx_t / dt = (x - x0_hat) / sigma - x0_hat,   x_t = x / (1 + sigma),   t = sigma / (1 + sigma)
+
+    For methods of first order and for those in log(sigma) this makes no difference. Others overshoot over sigma where
+    the levels begin far above the data: the first of ten steps of a flow model leads from 999 to 9, and Heun's method
+    would weigh the second estimate with 999 / (2 * 9).
+    """
+
+    over_t: bool
+
+    def time(self, sigma: float) -> float:
+        return sigma / (1 + sigma) if self.over_t else sigma
+
+    def slope(self, x: Tensor, x0_hat: Tensor, sigma: float) -> Tensor:
+        """[b, c, h, w], for sigma > 0."""
+        slope = (x - x0_hat) / sigma
+        return slope - x0_hat if self.over_t else slope
+
+    def moved(self, x: Tensor, sigma: float, sigma_next: float, distance: Tensor) -> Tensor:
+        """x at sigma_next, from x at sigma and the integral of the slope between. [b, c, h, w]."""
+        return (x / (1 + sigma) + distance) * (1 + sigma_next) if self.over_t else x + distance
+
+
+def clock_of(levels: Sequence[float]) -> Clock:
+    """Over t for schedules that reach above FAR, over sigma for all others."""
+    return Clock(over_t=max(levels) > FAR)
 
 
 def churn_of(s_churn: float, n: int) -> float:

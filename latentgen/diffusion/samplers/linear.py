@@ -20,6 +20,7 @@ from latentgen.diffusion.samplers.common import (
     OnStep,
     basis_integrals,
     batch_of,
+    clock_of,
     levels_of,
     weighted,
 )
@@ -45,15 +46,18 @@ def lms(
     """Adams-Bashforth for uneven steps: the polynomial in sigma through the last `order` slopes, integrated exactly."""
     del noise
     _check_order("lms", order)
+    levels = levels_of(sigmas, "lms")
+    clock = clock_of(levels)
     history: list[tuple[float, Tensor]] = []
-    for i, (sigma, sigma_next) in enumerate(pairwise(levels_of(sigmas, "lms"))):
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         x0_hat = denoise(x, batch_of(sigma, x))
-        history = [(sigma, (x - x0_hat) / sigma), *history[: order - 1]]
+        history = [(clock.time(sigma), clock.slope(x, x0_hat, sigma)), *history[: order - 1]]
         if len(history) == 1 and sigma_next == 0:
             x = x0_hat
         else:
-            weights = basis_integrals([at for at, _ in history], sigma, sigma_next, lambda s: 1.0)
-            x = x + weighted(weights, [slope for _, slope in history])
+            nodes, ends = [at for at, _ in history], (clock.time(sigma), clock.time(sigma_next))
+            weights = basis_integrals(nodes, *ends, lambda u: 1.0)
+            x = clock.moved(x, sigma, sigma_next, weighted(weights, [slope for _, slope in history]))
         if on_step is not None:
             on_step(i, x, x0_hat)
     return x
@@ -101,14 +105,17 @@ def ipndm(
     """Improved PNDM (named in arXiv 2204.13902): Adams-Bashforth weights for even steps, warmed up by lower orders."""
     del noise
     _check_order("ipndm", order)
+    levels = levels_of(sigmas, "ipndm")
+    clock = clock_of(levels)
     slopes: list[Tensor] = []
-    for i, (sigma, sigma_next) in enumerate(pairwise(levels_of(sigmas, "ipndm"))):
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         x0_hat = denoise(x, batch_of(sigma, x))
-        slopes = [(x - x0_hat) / sigma, *slopes[: order - 1]]
+        slopes = [clock.slope(x, x0_hat, sigma), *slopes[: order - 1]]
         if i == 0 and sigma_next == 0:
             x = x0_hat
         else:
-            x = x + (sigma_next - sigma) * weighted(ADAMS_BASHFORTH[len(slopes) - 1], slopes)
+            step = clock.time(sigma_next) - clock.time(sigma)
+            x = clock.moved(x, sigma, sigma_next, step * weighted(ADAMS_BASHFORTH[len(slopes) - 1], slopes))
         if on_step is not None:
             on_step(i, x, x0_hat)
     return x
@@ -128,18 +135,21 @@ def plms(
     (`leading`, `trailing`, `linspace`).
     """
     del noise
+    levels = levels_of(sigmas, "plms")
+    clock = clock_of(levels)
     slopes: list[Tensor] = []
-    for i, (sigma, sigma_next) in enumerate(pairwise(levels_of(sigmas, "plms"))):
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         x0_hat = denoise(x, batch_of(sigma, x))
-        slopes = [(x - x0_hat) / sigma, *slopes[:3]]
+        slopes = [clock.slope(x, x0_hat, sigma), *slopes[:3]]
+        step = clock.time(sigma_next) - clock.time(sigma)
         if i == 0 and sigma_next == 0:
             x = x0_hat
         elif i == 0:
-            x_euler = x + (sigma_next - sigma) * slopes[0]
-            slope_next = (x_euler - denoise(x_euler, batch_of(sigma_next, x))) / sigma_next
-            x = x + (sigma_next - sigma) * 0.5 * (slopes[0] + slope_next)
+            x_euler = clock.moved(x, sigma, sigma_next, step * slopes[0])
+            slope_next = clock.slope(x_euler, denoise(x_euler, batch_of(sigma_next, x)), sigma_next)
+            x = clock.moved(x, sigma, sigma_next, step * 0.5 * (slopes[0] + slope_next))
         else:
-            x = x + (sigma_next - sigma) * weighted(ADAMS_BASHFORTH[len(slopes) - 1], slopes)
+            x = clock.moved(x, sigma, sigma_next, step * weighted(ADAMS_BASHFORTH[len(slopes) - 1], slopes))
         if on_step is not None:
             on_step(i, x, x0_hat)
     return x

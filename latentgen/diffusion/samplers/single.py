@@ -11,6 +11,7 @@ from torch import Tensor
 from latentgen.core.errors import UserError
 from latentgen.diffusion.parameterization import Denoiser
 from latentgen.diffusion.samplers.common import (
+    Clock,
     NoiseSource,
     OnStep,
     ancestral_split,
@@ -18,6 +19,7 @@ from latentgen.diffusion.samplers.common import (
     check_eta,
     churn_of,
     churned,
+    clock_of,
     levels_of,
     line,
     source_of,
@@ -136,15 +138,16 @@ def euler(
     return x
 
 
-def heun_step(denoise: Denoiser, x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
+def heun_step(denoise: Denoiser, x: Tensor, sigma: float, sigma_next: float, clock: Clock) -> tuple[Tensor, Tensor]:
     """One step of Heun's method and the estimate it started from (arXiv 2206.00364, algorithm 1, lines 4 to 8)."""
     x0_hat = denoise(x, batch_of(sigma, x))
     if sigma_next == 0:
         return x0_hat, x0_hat  # Euler: the slope is not defined at 0
-    slope = (x - x0_hat) / sigma
-    x_euler = x + (sigma_next - sigma) * slope
-    slope_next = (x_euler - denoise(x_euler, batch_of(sigma_next, x))) / sigma_next
-    return x + (sigma_next - sigma) * 0.5 * (slope + slope_next), x0_hat
+    step = clock.time(sigma_next) - clock.time(sigma)
+    slope = clock.slope(x, x0_hat, sigma)
+    x_euler = clock.moved(x, sigma, sigma_next, step * slope)
+    slope_next = clock.slope(x_euler, denoise(x_euler, batch_of(sigma_next, x)), sigma_next)
+    return clock.moved(x, sigma, sigma_next, step * 0.5 * (slope + slope_next)), x0_hat
 
 
 def heun(
@@ -164,25 +167,25 @@ def heun(
     Second order; two evaluations a step, except the step to 0.
     """
     levels = levels_of(sigmas, "s_churn > 0", adds_noise=s_churn > 0)
-    gamma = churn_of(s_churn, len(levels) - 1)
+    gamma, clock = churn_of(s_churn, len(levels) - 1), clock_of(levels)
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         if gamma > 0 and s_tmin <= sigma <= s_tmax:
             x, sigma = churned(x, sigma, gamma, s_noise, noise)
-        x, x0_hat = heun_step(denoise, x, sigma, sigma_next)
+        x, x0_hat = heun_step(denoise, x, sigma, sigma_next, clock)
         if on_step is not None:
             on_step(i, x, x0_hat)
     return x
 
 
-def dpm2_step(denoise: Denoiser, x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
+def dpm2_step(denoise: Denoiser, x: Tensor, sigma: float, sigma_next: float, clock: Clock) -> tuple[Tensor, Tensor]:
     """A step along the slope at the geometric mean of both levels, and the estimate it started from."""
     x0_hat = denoise(x, batch_of(sigma, x))
     if sigma_next == 0:
         return x0_hat, x0_hat
     middle = math.sqrt(sigma * sigma_next)
     x_middle = line(x, x0_hat, sigma, middle)
-    slope = (x_middle - denoise(x_middle, batch_of(middle, x))) / middle
-    return x + (sigma_next - sigma) * slope, x0_hat
+    slope = clock.slope(x_middle, denoise(x_middle, batch_of(middle, x)), middle)
+    return clock.moved(x, sigma, sigma_next, (clock.time(sigma_next) - clock.time(sigma)) * slope), x0_hat
 
 
 def dpm2(
@@ -202,11 +205,11 @@ def dpm2(
     Second order; two evaluations a step, except the step to 0. Churn as in `heun`.
     """
     levels = levels_of(sigmas, "s_churn > 0", adds_noise=s_churn > 0)
-    gamma = churn_of(s_churn, len(levels) - 1)
+    gamma, clock = churn_of(s_churn, len(levels) - 1), clock_of(levels)
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         if gamma > 0 and s_tmin <= sigma <= s_tmax:
             x, sigma = churned(x, sigma, gamma, s_noise, noise)
-        x, x0_hat = dpm2_step(denoise, x, sigma, sigma_next)
+        x, x0_hat = dpm2_step(denoise, x, sigma, sigma_next, clock)
         if on_step is not None:
             on_step(i, x, x0_hat)
     return x
@@ -225,9 +228,10 @@ def dpm2_ancestral(
     """`dpm2` down to the lower level of the ancestral split, then noise. Two evaluations a step, except to 0."""
     check_eta(eta)
     levels = levels_of(sigmas, "dpm2_ancestral", adds_noise=eta > 0)
+    clock = clock_of(levels)
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         down, up = ancestral_split(sigma, sigma_next, eta)
-        x, x0_hat = dpm2_step(denoise, x, sigma, down)
+        x, x0_hat = dpm2_step(denoise, x, sigma, down, clock)
         if up > 0:
             x = x + up * s_noise * source_of(noise, "dpm2_ancestral")(sigma, sigma_next)
         if on_step is not None:

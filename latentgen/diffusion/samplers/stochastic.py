@@ -14,6 +14,7 @@ from latentgen.diffusion.samplers.common import (
     OnStep,
     basis_integrals,
     batch_of,
+    clock_of,
     levels_of,
     source_of,
     weighted,
@@ -103,16 +104,17 @@ def restart(
             "restarts >= 0, restart_steps >= 1 and 0 < t_min < t_max."
         )
     levels = levels_of(sigmas, "restart", adds_noise=restarts > 0)
+    clock = clock_of(levels)
     inner = [level for level in levels[1:] if 0 < level < t_max]
     foot = min(inner, key=lambda level: abs(level - t_min)) if inner else None
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        x, x0_hat = heun_step(denoise, x, sigma, sigma_next)
+        x, x0_hat = heun_step(denoise, x, sigma, sigma_next, clock)
         if foot is not None and sigma_next == foot:
             for _ in range(restarts):
                 fresh = source_of(noise, "restart")(foot, t_max)
                 x = x + math.sqrt(t_max**2 - foot**2) * s_noise * fresh  # the forward process of algorithm 1
                 for above, below in pairwise(_restart_levels(t_max, foot, restart_steps)):
-                    x, _ = heun_step(denoise, x, above, below)
+                    x, _ = heun_step(denoise, x, above, below, clock)
         if on_step is not None:
             on_step(i, x, x0_hat)
     return x
