@@ -36,19 +36,31 @@ from latentgen.core.errors import UserError
 from latentgen.core.files import content_key, file_sha256, write_json, write_text
 from latentgen.diffusion.fitted import error_of, fit
 from latentgen.diffusion.parameterization import Parameterization
-from latentgen.diffusion.samplers import SAMPLERS, Sampler, deis, dpmpp_2m, lms, unipc
+from latentgen.diffusion.samplers import (
+    SAMPLERS,
+    Sampler,
+    deis,
+    dpmpp_2m,
+    dpmpp_2s_ancestral,
+    dpmpp_3m_sde,
+    lms,
+    unipc,
+)
 from latentgen.diffusion.schedules import SCHEDULES, exponential
 
 DEFAULT = "dpmpp_2m"
 BUDGETS = (5, 8, 10, 15, 20, 30)
-FITTED = {"mixture": 4, "shapes": 2}
-"""Samplers to fit a schedule for, at each number of calls: the default one and those that do best unfitted."""
-ORDERS: Mapping[str, Sampler] = {
-    "deis 2": partial(deis, order=2),
-    "lms 2": partial(lms, order=2),
-    "unipc 2": partial(unipc, order=2),
+FITTED, FEW = {"mixture": 4, "shapes": 2}, 10
+"""Samplers to fit a schedule for, at each number of calls: those that do best unfitted; with FEW calls the default
+too, and from more starts."""
+KNOBS: Mapping[str, Sampler] = {
+    "deis, order=2": partial(deis, order=2),
+    "lms, order=2": partial(lms, order=2),
+    "unipc, order=2": partial(unipc, order=2),
+    "dpmpp_2s_ancestral, eta=0": partial(dpmpp_2s_ancestral, eta=0.0),
+    "dpmpp_3m_sde, eta=0": partial(dpmpp_3m_sde, eta=0.0),
 }
-"""Other orders than the usual ones, where diffusers' schedulers are measured at theirs or offer the choice."""
+"""What diffusers' schedulers are measured at, or offer: other orders, and the stochastic ones without noise."""
 SAME = 1e-3
 """Errors are called equal that differ by less: the same method, in other spaces and other precision."""
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,9 +70,9 @@ Results = dict[str, dict[str, float]]
 
 
 def deterministic() -> dict[str, Sampler]:
-    """Registered samplers that ask for no noise and whose number of calls follows from that of steps; other orders."""
+    """Registered samplers that ask for no noise and whose number of calls follows from that of steps; KNOBS."""
     usual: dict[str, Sampler] = {name: method for name, method in SAMPLERS.items() if method.calls is not None}
-    return {name: sampler for name, sampler in {**usual, **ORDERS}.items() if calls_of(sampler, 2) is not None}
+    return {name: sampler for name, sampler in {**usual, **KNOBS}.items() if calls_of(sampler, 2) is not None}
 
 
 def calls_of(sampler: Sampler, n: int) -> float | None:
@@ -168,11 +180,13 @@ class Bench:
         p, samplers = self.problem.parameterization, deterministic()
         for budget in budgets:
             ranked = sorted(samplers, key=lambda name: self.best_of_sampler(name, budget))
-            for name in list(dict.fromkeys([DEFAULT, *ranked]))[:best]:
+            few = budget <= FEW  # a search takes as many runs a round as there are levels
+            for name in list(dict.fromkeys([DEFAULT, *ranked]))[:best] if few else ranked[:best]:
                 key, n = f"fitted | {name}", steps_for(samplers[name], budget)
                 if self.missing(key, [budget]) and n > 0:
                     x, target = start(self.problem, p.sigma_max, test=False), self.targets(test=False)["end"]
-                    found = fit(self.problem.denoiser(False), x, n, p, solver=samplers[name], target=target)
+                    effort = {} if few else {"rounds": 4, "starts": 1}
+                    found = fit(self.problem.denoiser(False), x, n, p, solver=samplers[name], target=target, **effort)
                     self.put(key, budget, self.measure(samplers[name], found.sigmas, budget))
 
     def best_of_sampler(self, name: str, budget: int) -> float:
@@ -289,7 +303,7 @@ def main() -> None:
             bench = Bench(problem, reference_steps, options.cache, settings)
             bench.run_theirs(budgets)
             bench.run_ours(budgets)
-            bench.run_fitted([b for b in budgets if b <= 10 or name == "mixture"], best=FITTED[name])
+            bench.run_fitted(budgets, best=FITTED[name])
             print("\n".join(verdict(bench.results)))
             if not options.no_docs and not options.quick:
                 plot(problem, bench.results, Path(str(PLOT).format(name)))
