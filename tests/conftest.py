@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from numpy.typing import NDArray
 
 from latentgen.core.rand import Draw
@@ -25,8 +26,10 @@ SIDE = 16
 
 
 def pytest_configure() -> None:
-    """Tiny tensors gain nothing from threads, and parallel workers would fight for the cores."""
+    """Tiny tensors gain nothing from threads, parallel workers would fight for the cores; and no test is about time."""
     torch.set_num_threads(1)
+    settings.register_profile("latentgen", deadline=None)
+    settings.load_profile("latentgen")
 
 
 @dataclass(frozen=True)

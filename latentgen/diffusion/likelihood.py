@@ -1,7 +1,7 @@
 """How likely the model finds a picture: the change of variables along the probability-flow ODE.
 
 In variance-exploding coordinates and u = log(sigma) the flow (arXiv 2206.00364, eq. 1 and 3) and what it does to a
-density (arXiv 2011.13456, eq. 39 in section 4.3) are
+density (arXiv 2011.13456, eq. 39) are
 
     dx/du = x - x0_hat(x, sigma)
     log p(x at sigma_min) = log p(x at sigma_max) + integral over u of  d - trace(d x0_hat / dx),   d = c * h * w

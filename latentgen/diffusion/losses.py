@@ -46,7 +46,7 @@ def l1(prediction: Tensor, target: Tensor, fraction: Tensor, sigma: Tensor) -> T
 def huber(
     prediction: Tensor, target: Tensor, fraction: Tensor, sigma: Tensor, *, c: float = 0.1, schedule: str = "snr"
 ) -> Tensor:
-    """Scheduled pseudo-Huber: 2 c (sqrt(error^2 + c^2) - c) (arXiv 2403.16728, section 3). [b].
+    """Scheduled pseudo-Huber: 2 c (sqrt(error^2 + c^2) - c) (arXiv 2403.16728). [b].
 
     Twice the paper's, so that errors far below c count as in `mse`; those far above count as 2 c |error|, and an
     example that is wrong or damaged pulls less. c depends on the level, from 1 for clean images down to `c` for noise:
@@ -100,7 +100,7 @@ def min_snr(sigma: Tensor, parameterization: Parameterization, *, gamma: float =
 def soft_min_snr(sigma: Tensor, parameterization: Parameterization, *, gamma: float = 5.0) -> Tensor:
     """1 / (1 / SNR + 1 / gamma) on the x0 loss: min-SNR without the kink (arXiv 2401.11605). [b].
 
-    That paper's gamma is 4.
+    There gamma is 1 / sigma_data^2, which is 4 for its sigma_data of 1/2.
     """
     if not gamma > 0:
         raise UserError(f"gamma of the soft-min-SNR weight is {gamma}: it must be above 0 (4 or 5 is usual).")
@@ -110,7 +110,7 @@ def soft_min_snr(sigma: Tensor, parameterization: Parameterization, *, gamma: fl
 def p2(sigma: Tensor, parameterization: Parameterization, *, k: float = 1.0, gamma: float = 1.0) -> Tensor:
     """SNR / (k + SNR)^gamma on the x0 loss: less for the nearly clean levels (arXiv 2204.00227). [b], sigma > 0.
 
-    gamma = 0 is `snr`; the paper uses k = 1 with gamma = 0.5 or 1.
+    On eps it is 1 / (k + SNR)^gamma, the paper's form. gamma = 0 is `snr`; the paper uses k = 1 with gamma = 0.5 or 1.
     """
     if not (k > 0 and gamma >= 0):
         raise UserError(f"k {k} and gamma {gamma} of the P2 weight: choose k > 0 and gamma >= 0 (both 1 is usual).")

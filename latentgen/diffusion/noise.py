@@ -54,7 +54,7 @@ def pyramid(noise: Tensor, coarser: Sequence[Tensor], discount: float) -> Tensor
 
 
 def perturbed(noise: Tensor, fresh: Tensor, strength: float) -> Tensor:
-    """The noise that the network's INPUT gets: noise + strength * fresh (arXiv 2301.11706, algorithm 1, gamma = 0.1).
+    """The noise that the network's INPUT gets: noise + strength * fresh (arXiv 2301.11706: gamma = 0.1).
 
     The target keeps the noise itself, so the network learns to work with inputs that are slightly off, as they are
     while sampling.
@@ -72,8 +72,8 @@ def student(noise: Tensor, u: Tensor, augmented_dim: float) -> Tensor:
 def student_scale(u: Tensor, augmented_dim: float) -> Tensor:
     """sqrt(D / chi2), chi2 being chi-square distributed with D degrees of freedom. u [b] in [0, 1) -> [b], float64.
 
-    The kernel of PFGM++ is p_r(x | x0) ~ 1 / (|x - x0|^2 + r^2)^((N + D) / 2), and r = sigma sqrt(D) (arXiv 2302.04265,
-    sections 3.1 and 4). That is a multivariate Student t: R^2 / r^2 = |x - x0|^2 / r^2, there drawn through a beta
+    The kernel of PFGM++ is p_r(x | x0) ~ 1 / (|x - x0|^2 + r^2)^((N + D) / 2), and r = sigma sqrt(D) (arXiv
+    2302.04265). That is a multivariate Student t: R^2 / r^2 = |x - x0|^2 / r^2, there drawn through a beta
     variable, is distributed as chi2_N / chi2_D, so x - x0 = sigma * g * sqrt(D / chi2_D) with g standard normal. With D
     to infinity the factor goes to 1. u is the quantile of chi2: one number for an example.
     """

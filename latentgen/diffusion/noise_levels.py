@@ -66,23 +66,29 @@ def cosine_interpolated(
     noise_d_low: float = 32.0,
     noise_d_high: float = 64.0,
 ) -> Tensor:
-    """The cosine process, shifted for the size of the picture (arXiv 2301.11093). [b].
+    """The cosine process, shifted for the size of the picture and interpolated (arXiv 2301.11093). [b].
 
     With log SNR(t) = -2 log tan(pi t / 2) for pictures of side d, one of side image_d needs
-    log SNR + 2 log(d / image_d) for the same noise on its coarse features. Interpolated: noise_d_low counts at the
-    noisy end, t = 1, noise_d_high at the clean end, whose fine features do not grow with the picture. The three sides
-    are in one unit, pixels or latents; both equal to image_d is the plain cosine process. t runs between the process's
-    own sigma_min and sigma_max.
+    log SNR + 2 log(d / image_d) for the same noise on its coarse features. That is done for both noise_d_low and
+    noise_d_high, each over the process's own sigma_min to sigma_max, and
+
+        log SNR(u) = u * (log SNR shifted to noise_d_low) + (1 - u) * (log SNR shifted to noise_d_high)
+
+    so noise_d_low counts at the noisy end, u = 1, noise_d_high at the clean end, whose fine features do not grow with
+    the picture. The three sides are in one unit, pixels or latents; both equal to image_d is the plain cosine process.
+    SNR is 1 / sigma^2, that of data of unit variance.
     """
     for name, side in (("image_d", image_d), ("noise_d_low", noise_d_low), ("noise_d_high", noise_d_high)):
         _positive(side, f"{name} of the cosine-interpolated density")
-    # log(sigma) = -log(SNR) / 2, and tan(pi t / 2) = sigma of the plain cosine process at time t
-    low, high = math.log(image_d / noise_d_low), math.log(image_d / noise_d_high)
-    start = math.atan(parameterization.sigma_min / math.exp(high)) / (math.pi / 2)
-    end = math.atan(parameterization.sigma_max / math.exp(low)) / (math.pi / 2)
-    t = start + u * (end - start)
-    sigma = torch.tan(math.pi / 2 * t) * torch.exp(t * low + (1 - t) * high)
-    return sigma.clamp(parameterization.sigma_min, parameterization.sigma_max)
+    ends = parameterization.sigma_min, parameterization.sigma_max
+    low, high = (_log_sigma_cosine(u, *ends, image_d / side) for side in (noise_d_low, noise_d_high))
+    return torch.lerp(high, low, u).exp().clamp(*ends)
+
+
+def _log_sigma_cosine(u: Tensor, sigma_min: float, sigma_max: float, shift: float) -> Tensor:
+    """log(sigma) of the cosine process times `shift`, from sigma_min at u = 0 to sigma_max at u = 1. [b]."""
+    start, end = math.atan(sigma_min / shift), math.atan(sigma_max / shift)
+    return torch.tan(start + u * (end - start)).log() + math.log(shift)
 
 
 def importance(

@@ -31,7 +31,7 @@ def linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tens
 
 
 def scaled_linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
-    """Square roots of the betas on a straight line: the table of Stable Diffusion (arXiv 2112.10752). [T], float64."""
+    """Square roots of the betas on a straight line: the table of Stable Diffusion's code. [T], float64."""
     return torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
 
 
@@ -49,7 +49,7 @@ def cosine_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tens
 
 
 def sigmoid_alpha_bar_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
-    """Alpha-bar on a sigmoid from -3 to 3, temperature 1 (arXiv 2212.11972, section 4); it has no other knobs."""
+    """Alpha-bar on a sigmoid from -3 to 3, temperature 1 (arXiv 2212.11972); it has no other knobs."""
     del beta_start, beta_end
     time = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
     first, last = (1 / (1 + math.exp(-at)) for at in (-3, 3))

@@ -136,7 +136,9 @@ class X0(_VariancePreserving):
 
 @dataclass(frozen=True)
 class Flow:
-    """The network predicts noise - x0 along the straight path (arXiv 2209.03003, eq. 1; arXiv 2403.03206, eq. 13).
+    """The network predicts noise - x0 along the straight path (arXiv 2403.03206, eq. 13).
+
+    arXiv 2209.03003, eq. 1, has time the other way round, and so the other sign.
 
     Pure noise, t = 1, is sigma = infinity. Sampling starts at the finite t_max instead, where the signal left in x_t is
     1 - t_max of its size. Nothing is lost to rounding there: the network sees x / (1 + sigma), of order one, and every

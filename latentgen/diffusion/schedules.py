@@ -84,7 +84,7 @@ def sgm_uniform(n: int, parameterization: Parameterization) -> Tensor:
 
 
 def beta(n: int, parameterization: Parameterization, *, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
-    """Times at even quantiles of a Beta distribution, so both ends get more steps (arXiv 2407.12173, section 4.2).
+    """Times at even quantiles of a Beta distribution, so both ends get more steps (arXiv 2407.12173).
 
     Quantiles 1, 1 - 1/n, ..., 1/n on the model's own clock, not rounded to integer times.
     """

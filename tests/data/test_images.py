@@ -411,7 +411,7 @@ def test_fit_averages_when_it_shrinks():
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 64), st.sampled_from(["center", "stretch"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_fit_shape_and_constant(width, height, resolution, crop):
     array = fit(Image.new("RGB", (width, height), (10, 200, 77)), resolution, crop)
     assert array.dtype == np.uint8

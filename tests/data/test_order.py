@@ -17,7 +17,7 @@ def test_permute_is_a_permutation(n: int) -> None:
     assert np.array_equal(np.sort(permute(np.arange(n), n, 0, "x")), np.arange(n))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.text(max_size=4))
 def test_permute_is_a_permutation_under_every_key(n: int, seed: int, stage: str) -> None:
     assert np.array_equal(np.sort(permute(np.arange(n), n, seed, stage)), np.arange(n))
@@ -46,13 +46,13 @@ def test_permute_mixes() -> None:
     assert float(np.abs(np.diff(images)).mean()) == pytest.approx(4096 / 3, rel=0.1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(0, 10**6), st.integers(0, 99))
 def test_every_epoch_shows_every_example_once(n: int, epoch: int, seed: int) -> None:
     assert sorted(examples_at(range(epoch * n, (epoch + 1) * n), n, seed, "vae")) == list(range(n))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 30), st.integers(0, 200), st.lists(st.integers(0, 40), max_size=5))
 def test_positions_do_not_depend_on_the_split(n: int, start: int, lengths: list[int]) -> None:
     edges = [start]

@@ -202,7 +202,7 @@ def _requirements(draw):
     return Requirement(wanted, relation=draw(st.none() | st.sampled_from(RELATIONS)), background=draw(_backgrounds))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(_requirements(), st.integers(0, 10**6))
 def test_every_phrasing_reads_back_as_what_was_meant(requirement, number):
     assert parse(phrase(requirement, Draws("test", number))) == requirement

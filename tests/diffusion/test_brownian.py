@@ -37,7 +37,7 @@ def test_overlapping_increments_are_correlated_as_they_share_time() -> None:
     assert (whole * part).mean().item() == pytest.approx(expected, abs=4.5 / MANY[0] ** 0.5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(a=levels, b=levels, c=levels)
 def test_a_step_cut_in_two_adds_up(a: float, b: float, c: float) -> None:
     a, b, c = sorted((a, b, c), reverse=True)

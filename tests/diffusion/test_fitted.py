@@ -61,7 +61,7 @@ def test_a_schedule_like_any_other(p: Parameterization, n: int) -> None:
     assert sigmas[-1] == 0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(logs=st.lists(st.floats(-5, 3), min_size=1, max_size=12))
 def test_any_steps_make_a_descending_schedule_in_the_range(logs: list[float]) -> None:
     steps = torch.tensor(logs, dtype=torch.float64)

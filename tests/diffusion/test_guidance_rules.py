@@ -81,7 +81,7 @@ def test_guiding_x0_is_guiding_the_prediction() -> None:
 # --- APG --------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(scale=st.floats(0, 20), seed=st.integers(0, 10**6))
 def test_apg_that_projects_limits_and_remembers_nothing_is_cfg(scale: float, seed: int) -> None:
     cond, uncond = randoms(2, seed)
@@ -191,7 +191,7 @@ def velocity(x0: torch.Tensor, x: torch.Tensor, sigma: torch.Tensor) -> torch.Te
     return (x - x0) / sigma.reshape(-1, 1, 1, 1) - x0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), scale=st.floats(1.5, 10))
 def test_cfg_zero_fits_the_unconditional_velocity(seed: int, scale: float) -> None:
     cond, uncond, x = randoms(3, seed)

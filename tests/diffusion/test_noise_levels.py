@@ -92,6 +92,16 @@ def test_larger_pictures_are_trained_at_more_noise() -> None:
     assert (between / small).diff().min() > 0, "the coarse features of the noisy end shift most"
 
 
+@pytest.mark.parametrize("target", sorted(PARAMETERIZATIONS))
+def test_cosine_interpolated_reaches_both_ends(target: str) -> None:
+    """Sampling starts at sigma_max, so training must come near it whatever the shift."""
+    p, u = make(target), torch.tensor([0.0, 1e-6, 1 - 1e-6, 1.0], dtype=torch.float64)
+    for low, high in ((32.0, 256.0), (256.0, 256.0), (32.0, 32.0)):
+        sigma = cosine_interpolated(u, p, image_d=256.0, noise_d_low=low, noise_d_high=high)
+        expected = torch.tensor([p.sigma_min] * 2 + [p.sigma_max] * 2, dtype=torch.float64)
+        torch.testing.assert_close(sigma, expected, rtol=2e-2, atol=0)
+
+
 def bump(sigma: torch.Tensor) -> torch.Tensor:
     """A learned log-error with a maximum at sigma = 1."""
     return -(sigma.log() ** 2)

@@ -76,7 +76,7 @@ def test_fewer_rounds_each_one_call_of_the_window() -> None:
     assert sequential.calls == [3] * 60
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(n=st.integers(1, 24), window=st.integers(1, 30), tolerance=st.sampled_from([0.0, 1e-4, 3e-2]))
 def test_a_picture_does_not_depend_on_its_batch(n: int, window: int, tolerance: float) -> None:
     sigmas, x = karras(n, P), start()

@@ -29,7 +29,7 @@ OF_TIMES = {"trailing", "leading", "linspace"}
 AT_SIGMA_MIN = {"karras", "exponential", "polyexponential", "linspace"}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(sorted(SCHEDULES)), target=st.sampled_from(sorted(PARAMETERIZATIONS)), n=st.integers(1, 1000)
 )
@@ -87,14 +87,13 @@ def test_other_mistakes() -> None:
         beta(5, make("eps"), alpha=0)
 
 
-@settings(deadline=None)
 @given(p=st.floats(1e-6, 1 - 1e-6), a=st.floats(0.2, 8), b=st.floats(0.2, 8))
 def test_beta_quantiles_are_those_of_scipy(p: float, a: float, b: float) -> None:
     assert beta_quantile(p, a, b) == pytest.approx(stats.beta.ppf(p, a, b), rel=1e-6, abs=1e-12)
     assert beta_quantile(p, a, b) == pytest.approx(1 - beta_quantile(1 - p, b, a), rel=1e-6, abs=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(target=st.sampled_from(sorted(PARAMETERIZATIONS)), n=st.integers(1, 60))
 def test_schedules_that_are_special_cases_of_one_another(target: str, n: int) -> None:
     p = make(target)

@@ -57,7 +57,7 @@ def test_files_cut_off_are_named(copied: Path, name: str) -> None:
         assert "cut off" in message
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_cut_of_a_weight_file_is_seen(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
     whole = (saved / "vae/diffusion_pytorch_model.safetensors").read_bytes()

@@ -43,7 +43,7 @@ def test_layout_is_that_of_clip(tokenizer: CLIPTokenizer) -> None:
     assert tokenizer.model_max_length == 12
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.randoms(use_true_random=False))
 def test_order_of_captions_does_not_matter(random) -> None:
     shuffled = CAPTIONS.copy()
@@ -66,7 +66,7 @@ def test_frequency_counts() -> None:
     assert "ab</w>" not in made.get_vocab()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(max_size=40))
 def test_any_text_survives_as_bytes(caption: str) -> None:
     made = _module_tokenizer()

@@ -138,7 +138,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         Recipe().train.steps = 3  # type: ignore[misc]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     prompts=st.lists(
         st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=12), min_size=1, max_size=3

@@ -45,7 +45,7 @@ class CFG:
 class APG:
     """Adaptive projected guidance (arXiv 2410.02416): strong guidance without its burnt colours.
 
-        d = cond - uncond + momentum * (d of the evaluation before)    "reverse momentum" when negative
+        d = cond - uncond + momentum * (this d, a step ago)            "reverse momentum" when negative
         d = d * min(1, norm_threshold / |d|)                           "rescaling"; L2 over the picture, 0: no limit
         d = its part orthogonal to cond + eta * its part along cond    "projection": the part along saturates colours
         x0_hat = cond + (scale - 1) * d

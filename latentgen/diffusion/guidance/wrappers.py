@@ -105,8 +105,9 @@ class Adaptive:
     """No guidance any more once the predictions agree (arXiv 2312.12487): their cosine rose above `threshold`.
 
     Every picture decides for itself, from its own predictions and for good; the decision holds from its next
-    evaluation on. The cosine is that of the velocity v, whatever the network predicts: eps would agree at the highest
-    levels too, where it is all noise. At a given x, v is along x - (1 + sigma^2) * x0_hat.
+    evaluation on. The paper takes the cosine of eps. Here it is that of the velocity v, whatever the network predicts:
+    eps would agree at the highest levels too, where it is all noise. At a given x, v is along
+    x - (1 + sigma^2) * x0_hat.
     """
 
     inner: Guidance

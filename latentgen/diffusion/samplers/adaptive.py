@@ -1,4 +1,4 @@
-"""DPM-Solver-12 and -23 with a step size chosen by the error (arXiv 2206.00927, appendix C)."""
+"""DPM-Solver-12 and -23 with a step size chosen by the error (arXiv 2206.00927)."""
 
 from __future__ import annotations
 
@@ -122,10 +122,10 @@ def _column(values: list[float], x: Tensor) -> Tensor:
 def _step_12(denoise: Denoiser, x: Tensor, at: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x after h [b] from lambda = at [b], by order 1 and order 2 (r = 1/2), and the first estimate."""
     x0_hat, slope = _slope(denoise, x, at)
-    low = x - _scaled((-at - h).exp() * h.expm1(), slope)  # eq. 3.7 with alpha = 1
+    low = x - _scaled((-at - h).exp() * h.expm1(), slope)  # DPM-Solver-1 with alpha = 1
     middle = x - _scaled((-at - h / 2).exp() * (h / 2).expm1(), slope)
     _, slope_middle = _slope(denoise, middle, at + h / 2)
-    return low, x - _scaled((-at - h).exp() * h.expm1(), slope_middle), x0_hat  # algorithm 1
+    return low, x - _scaled((-at - h).exp() * h.expm1(), slope_middle), x0_hat  # DPM-Solver-2
 
 
 def _step_23(denoise: Denoiser, x: Tensor, at: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -114,14 +114,14 @@ def clock_of(levels: Sequence[float]) -> Clock:
 
 
 def churn_of(s_churn: float, n: int) -> float:
-    """Relative rise of sigma before each step (arXiv 2206.00364, algorithm 2, the line above the loop)."""
+    """Relative rise of sigma before each step (arXiv 2206.00364, algorithm 2, gamma_i)."""
     if s_churn < 0:
         raise UserError(f"s_churn {s_churn}: it must not be negative (0 adds no noise).")
     return min(s_churn / n, math.sqrt(2) - 1) if n > 0 else 0.0
 
 
 def churned(x: Tensor, sigma: float, gamma: float, s_noise: float, noise: NoiseSource | None) -> tuple[Tensor, float]:
-    """x and sigma after fresh noise has raised the level by the factor 1 + gamma (algorithm 2, lines 4 to 6)."""
+    """x and sigma after fresh noise has raised the level by the factor 1 + gamma (lines 4 to 6 there)."""
     sigma_hat = sigma * (1 + gamma)
     fresh = source_of(noise, "s_churn > 0")(sigma, sigma_hat)
     return x + math.sqrt(sigma_hat**2 - sigma**2) * s_noise * fresh, sigma_hat

@@ -1,12 +1,14 @@
 """DPM-Solver++ and its stochastic relatives: exponential integrators of the estimate x0_hat in lambda = -log(sigma).
 
-With alpha = 1 all of them discretise one formula (arXiv 2211.01095, eq. 8; for eta = 1 its appendix on the SDE), where
-k = 1 + eta and h = lambda_next - lambda:
+With alpha = 1 all of them discretise one formula (arXiv 2211.01095: the exact solution for data prediction, and for
+eta = 1 its SDE-DPM-Solver++), where k = 1 + eta and h = lambda_next - lambda:
 
     x_next = exp(-k h) x + integral over [0, h] of k exp(-k (h - u)) x0_hat(u) du + added * z
     added^2 = sigma_next^2 (1 - exp(-2 eta h))
 
-eta = 0 is the probability flow and eta = 1 the reverse SDE; both have the same marginals.
+eta = 0 is the probability flow and eta = 1 the reverse SDE; both have the same marginals. Between them this eta is that
+of `dpmpp_2m_sde` and `dpmpp_3m_sde`, as in k-diffusion; the other two split each step as `ancestral_split` does, whose
+eta^2 corresponds to it in small steps.
 """
 
 from __future__ import annotations
@@ -122,7 +124,7 @@ def dpmpp_sde(
             if middle_up > 0:
                 x_middle = x_middle + middle_up * s_noise * source_of(noise, "dpmpp_sde")(sigma, middle)
             x0_middle = denoise(x_middle, batch_of(middle, x))
-            estimate = x0_hat + (x0_middle - x0_hat) / (2 * r)  # algorithm 1, line 6
+            estimate = x0_hat + (x0_middle - x0_hat) / (2 * r)  # D_i of algorithm 1
         x = line(x, estimate, sigma, down)
         if up > 0:
             x = x + up * s_noise * source_of(noise, "dpmpp_sde")(sigma, sigma_next)

@@ -31,7 +31,7 @@ ADAMS_BASHFORTH = (
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
-"""Weights of the last values, newest first, for evenly spaced steps (Adams and Bashforth; arXiv 2202.09778, eq. 9)."""
+"""Weights of the last values, newest first, for evenly spaced steps (Adams and Bashforth, as in arXiv 2202.09778)."""
 
 
 def lms(
@@ -72,7 +72,7 @@ def deis(
     on_step: OnStep | None = None,
     order: int = 3,
 ) -> Tensor:
-    """tAB-DEIS with polynomials in log(sigma) (arXiv 2204.13902, eq. 14 and 15, in rho = sigma).
+    """tAB-DEIS (arXiv 2204.13902) in rho = sigma, with polynomials in log(sigma) where the paper's are in its time t.
 
     The step to 0 is Euler's, as log(0) cannot be extrapolated to.
     """
@@ -129,7 +129,7 @@ def plms(
     noise: NoiseSource | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Pseudo linear multistep, PNDM without its Runge-Kutta start (arXiv 2202.09778, section 3.3).
+    """Pseudo linear multistep, PNDM without its Runge-Kutta start (arXiv 2202.09778).
 
     The first step is Heun's: an Euler step, then again with the mean of both slopes. Made for even steps in time
     (`leading`, `trailing`, `linspace`).

@@ -82,7 +82,7 @@ def _redraw(
     """Euler steps through the window from its first point x, with the estimates at hand.
 
     Returns the new path, the last point of each picture's window, and how far each point moved [w, b]. The paper adds
-    up the slopes of the former path (eq. 6). Here the part of a step that is linear in x uses the new path: the
+    up the slopes of the former path. Here the part of a step that is linear in x uses the new path: the
     fixed point is the same, it is met in fewer rounds, and the window's first step is the sequential one to the bit.
     """
     path, rows, changes = path.clone(), torch.arange(len(x), device=x.device), []

@@ -200,7 +200,7 @@ def dpm2(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """The midpoint rule with its midpoint in log(sigma), like DPM-Solver-2 (arXiv 2206.00927, algorithm 1, r = 1/2).
+    """The midpoint rule with its midpoint in log(sigma): DPM-Solver-2 with r1 = 1/2 (arXiv 2206.00927).
 
     Second order; two evaluations a step, except the step to 0. Churn as in `heun`.
     """
@@ -250,8 +250,9 @@ def lcm(
 ) -> Tensor:
     """Multistep consistency sampling (arXiv 2303.01469, algorithm 1; arXiv 2310.04378, algorithm 3).
 
-    For consistency networks, whose estimate is already a sample: take it and put fresh noise on it. With an ordinary
-    denoiser, whose estimate is a mean, the pictures come out smooth.
+    For consistency networks, whose estimate is already a sample: take it and put fresh noise on it. (The first paper's
+    time ends at a small epsilon and its noise is sqrt(sigma^2 - epsilon^2); here epsilon is 0, as in the second.)
+    With an ordinary denoiser, whose estimate is a mean, the pictures come out smooth.
     """
     for i, (sigma, sigma_next) in enumerate(pairwise(levels_of(sigmas, "lcm", adds_noise=True))):
         x0_hat = denoise(x, batch_of(sigma, x))

@@ -74,7 +74,7 @@ def _er_weights(nodes: list[float], sigma: float, sigma_next: float) -> list[flo
 
 
 def _log_phi(sigma: float) -> float:
-    """log of the noise scale phi (arXiv 2309.06169, its function ER SDE 5); e^(s^0.3) overflows only beyond 3e9."""
+    """log of the noise scale phi (arXiv 2309.06169; SDE_5 in its code); e^(s^0.3) overflows only beyond 3e9."""
     return math.log(sigma) + math.log(math.exp(sigma**0.3) + 10)
 
 
@@ -91,7 +91,7 @@ def restart(
     t_max: float = 2.0,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """Restart sampling (arXiv 2306.14878, algorithm 1): Heun's method, and at t_min back up to t_max, `restarts` times.
+    """Restart sampling (arXiv 2306.14878): Heun's method, and at t_min back up to t_max, `restarts` times.
 
     The way up adds fresh noise, which contracts the errors made so far; the way down takes `restart_steps` Heun steps
     on levels spaced as in arXiv 2206.00364, eq. 5. t_min is rounded to the nearest level of the schedule that is not
@@ -112,7 +112,7 @@ def restart(
         if foot is not None and sigma_next == foot:
             for _ in range(restarts):
                 fresh = source_of(noise, "restart")(foot, t_max)
-                x = x + math.sqrt(t_max**2 - foot**2) * s_noise * fresh  # the forward process of algorithm 1
+                x = x + math.sqrt(t_max**2 - foot**2) * s_noise * fresh  # back up, by the forward process
                 for above, below in pairwise(_restart_levels(t_max, foot, restart_steps)):
                     x, _ = heun_step(denoise, x, above, below, clock)
         if on_step is not None:

@@ -56,7 +56,7 @@ def _step(
     """One step from x at the newest level of `history` to sigma_next; `new`, the estimate there, makes it a corrector.
 
     Both are x_next = exp(-h) x + (1 - exp(-h)) m0 - B(h) sum of a_k D_k, where D_k = (m_k - m0) / r_k and r_k is where
-    m_k stands, in steps (eq. 3, for data prediction).
+    m_k stands, in steps: UniP and UniC of the paper, for data prediction.
     """
     sigma, m0 = history[0]
     x_next = line(x, m0, sigma, sigma_next)
@@ -75,7 +75,9 @@ def _step(
 
 
 def _coefficients(r: list[float], h: float, b_of_h: float) -> list[float]:
-    """a_k, which solve: sum over k of r_k^(n-1) a_k = n! phi_{n+1}(-h) (-h) / B(h) for n = 1 .. len(r) (eq. 5).
+    """a_k, which solve: sum over k of r_k^(n-1) a_k = n! phi_{n+1}(-h) (-h) / B(h) for n = 1 .. len(r).
+
+    That is the paper's system for data prediction, each row divided by its power of h.
 
     A single unknown is 1/2 for every h, which keeps the order and is what every implementation takes.
     """
