@@ -39,6 +39,8 @@ FITTING_PROMPTS = (
     "an orange circle left of a blue heart",
     "a blue cross",
 )
+OF_EACH = 6
+"""Pictures of each fitting prompt."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def shapes(folder: Path, pictures: int, guidance_scale: float) -> Problem:
     side, channels = model.unet.config["sample_size"], model.unet.config["in_channels"]
 
     def denoiser(test: bool) -> Denoiser:
-        prompts = [PROMPTS[i % len(PROMPTS)] for i in range(pictures)] if test else 2 * list(FITTING_PROMPTS)
+        prompts = [PROMPTS[i % len(PROMPTS)] for i in range(pictures)] if test else OF_EACH * list(FITTING_PROMPTS)
         texts = {"cond": prompts, "uncond": [""] * len(prompts)}
         states = {kind: encode_text(model.text_encoder, model.tokenizer, text) for kind, text in texts.items()}
 
@@ -120,7 +122,7 @@ def shapes(folder: Path, pictures: int, guidance_scale: float) -> Problem:
         return bind(CFG(guidance_scale), batched(denoise_rows))
 
     def noise(test: bool) -> Tensor:
-        seeds = range(pictures) if test else range(1000, 1000 + 2 * len(FITTING_PROMPTS))
+        seeds = range(pictures) if test else range(1000, 1000 + OF_EACH * len(FITTING_PROMPTS))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return torch.cat([torch.randn(1, channels, side, side, generator=own) for own in generators])
 
