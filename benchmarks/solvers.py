@@ -124,7 +124,8 @@ class Bench:
 
     def targets(self, test: bool = True) -> dict[str, Tensor]:
         """Where the flow is at sigma_min, and its end. The fitting set needs fewer steps: it only guides a search."""
-        path = self.targets_file if test else self.targets_file.with_stem(self.targets_file.stem + "-fit")
+        pictures = len(self.problem.noise(test))
+        path = self.targets_file if test else self.targets_file.with_stem(f"{self.targets_file.stem}-fit-{pictures}")
         if not path.is_file():
             p, problem = self.problem.parameterization, self.problem
             steps = self.steps if test else min(self.steps, 100)
