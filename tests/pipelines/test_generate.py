@@ -151,7 +151,7 @@ def test_check_refuses(changes: dict, message: str, tiny: Model, monkeypatch: py
     assert calls.batches == [], "nothing is drawn before all requests are checked"
 
 
-@pytest.mark.parametrize("seed", [2**64 - 1, -(2**63), -1])
+@pytest.mark.parametrize("seed", [2**64 - 1, 1 - 2**63, -1])  # torch looks at the last 32 bits
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
 def test_any_seed_of_64_bits_draws(seed: int, sampler: str, tiny: Model) -> None:
     one, other = generate(tiny, [ask(seed=seed, sampler=sampler), ask(sampler=sampler)])
