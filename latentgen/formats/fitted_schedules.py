@@ -67,7 +67,7 @@ def _read(entry: Mapping[str, Any]) -> Fitted:
 
 def _sound(sigmas: Tensor, steps: int) -> bool:
     descending = sigmas.shape == (steps + 1,) and bool((sigmas[:-1] > sigmas[1:]).all())
-    return descending and sigmas[-1] == 0 and bool(sigmas.isfinite().all())
+    return descending and float(sigmas[-1]) == 0 and bool(sigmas.isfinite().all())
 
 
 def write_fitted(folder: Path, entry: Mapping[str, Any]) -> None:
