@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,8 @@ from PIL import Image
 
 from latentgen.cli.sample import find_model
 from latentgen.core.log import progress, setup_logging
+
+logger = logging.getLogger("latentgen.evaluate")
 
 app = typer.Typer(help="Measure what a model draws.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -31,6 +34,7 @@ def shapes(
         list[str] | None, typer.Option(help="How to guide: NAME[,key=value]..., as in `latentgen sample`.")
     ] = None,
     sampler: Annotated[str, typer.Option(help="As in `latentgen sample`.")] = "dpmpp_2m",
+    schedule: Annotated[str | None, typer.Option(help="As in `latentgen sample`.")] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures drawn together.")] = 32,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: a GPU when there is one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report; default: beside the model folder.")] = None,
@@ -41,27 +45,33 @@ def shapes(
     folder = model or find_model(runs)
     from latentgen.cli.drawing import open_model
     from latentgen.evals import shapes_prompts, shapes_report
-    from latentgen.pipelines.generate import Request, generate
+    from latentgen.pipelines.generate import Request, check, generate, remark, steps_of
 
     opened = open_model(folder, device)
     prompts = shapes_prompts.standing_prompts(quick=quick)
     side = opened.default_side
-    with progress("drawing", "step", total=len(prompts) * num * steps) as bar:
+
+    def request(text: str, own: int) -> Request:
+        return Request(
+            text,
+            seed=own,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            guidance=tuple(guidance or ()),
+            sampler=sampler,
+            schedule=schedule,
+            height=side,
+            width=side,
+        )
+
+    example = request("", seed)
+    check(example, opened.model)
+    if (line := remark(example, opened.model)) is not None:
+        logger.warning("%s", line)
+    with progress("drawing", "step", total=steps_of([example] * (len(prompts) * num))) as bar:
 
         def draw(texts: list[str], seeds: list[int]) -> list[Image.Image]:
-            requests = [
-                Request(
-                    text,
-                    seed=own,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance_scale,
-                    guidance=tuple(guidance or ()),
-                    sampler=sampler,
-                    height=side,
-                    width=side,
-                )
-                for text, own in zip(texts, seeds, strict=True)
-            ]
+            requests = [request(text, own) for text, own in zip(texts, seeds, strict=True)]
             return list(generate(opened.model, requests, batch_size=batch_size, on_step=lambda n: bar.update(n)))
 
         report = shapes_report.evaluate(draw, prompts, pictures_per_prompt=num, seed=seed)

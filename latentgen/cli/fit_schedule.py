@@ -22,8 +22,11 @@ def fit_schedule(
     prompts_file: Annotated[Path | None, typer.Option("--prompts", help="File with one prompt a line.")] = None,
     model: Annotated[Path | None, typer.Option(help="Model folder; default: the newest run.")] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps to fit for.")] = 8,
-    sampler: Annotated[str, typer.Option(help="A sampler without noise.")] = "dpmpp_2m",
-    guidance_scale: Annotated[float, typer.Option(help="The guidance to fit for.")] = 4.0,
+    sampler: Annotated[str, typer.Option(help="A sampler without noise: NAME[,key=value]...")] = "dpmpp_2m",
+    guidance_scale: Annotated[float, typer.Option(help="The guidance scale to fit for.")] = 4.0,
+    guidance: Annotated[
+        list[str] | None, typer.Option(help="The guidance to fit for: NAME[,key=value]..., as in `latentgen sample`.")
+    ] = None,
     num: Annotated[int, typer.Option(help="Pictures to fit to; the prompts take turns.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 10_000,
     reference_steps: Annotated[int, typer.Option(help="Steps that stand for infinitely many.")] = 100,
@@ -37,7 +40,8 @@ def fit_schedule(
         raise UserError(f"--num {num}: must be at least 1")
     folder = model or find_model(runs)
     from latentgen.cli.drawing import open_model
-    from latentgen.diffusion.samplers import resolve
+    from latentgen.diffusion.guidance import canonical as canonical_guidance
+    from latentgen.diffusion.samplers import canonical, resolve
     from latentgen.formats.fitted_schedules import write_fitted
     from latentgen.pipelines.fit_schedule import fit_schedule as find_schedule
     from latentgen.pipelines.generate import Request
@@ -45,13 +49,16 @@ def fit_schedule(
     opened = open_model(folder, device)
     shown = opened.model.metadata.get("recipe", {}).get("preview", {}).get("prompts", [])
     wanted = read_prompts(prompts or ([] if prompts_file else list(shown)), prompts_file)
-    side, (name, _) = opened.default_side, resolve(sampler)
+    side, name, (_, implied) = opened.default_side, canonical(sampler), resolve(sampler)
+    if implied is not None:
+        raise UserError(f"--sampler {sampler}: the schedule is what will be fitted; leave {implied!r} out of the name")
     requests = [
         Request(
             wanted[i % len(wanted)],
             seed=seed + i,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
+            guidance=tuple(guidance or ()),
             sampler=name,
             height=side,
             width=side,
@@ -71,6 +78,7 @@ def fit_schedule(
             "sampler": name,
             "steps": steps,
             "guidance_scale": guidance_scale,
+            "guidance": list(canonical_guidance(guidance or ())),
             "sigmas": fit.sigmas.tolist(),
             "error": fit.error,
             "start": fit.start,
@@ -78,4 +86,6 @@ def fit_schedule(
         },
     )
     typer.echo(f"error {fit.error:.4g}; the best unfitted schedule, {fit.start}: {fit.start_error:.4g}")
-    typer.echo(f"kept in {folder}; draw with: --sampler {name} --steps {steps} --schedule fitted")
+    same = "".join(f" --guidance {text}" for text in guidance or ())
+    with_scale = f" --guidance-scale {guidance_scale:g}" if guidance_scale != 4.0 else ""
+    typer.echo(f"kept in {folder}; draw with: --sampler {name} --steps {steps} --schedule fitted{with_scale}{same}")

@@ -68,7 +68,11 @@ def sample(
     ] = None,
     negative_prompt: Annotated[str, typer.Option(help="What to stay away from.")] = "",
     sampler: Annotated[
-        str, typer.Option(help='dpmpp_2m, unipc, euler_ancestral, dpmpp_2m_sde ... or as elsewhere: "DPM++ 2M Karras".')
+        str,
+        typer.Option(
+            help='NAME[,key=value]...: dpmpp_2m, unipc, euler_ancestral, "ddim,eta=0.5" ... or as elsewhere: '
+            '"DPM++ 2M Karras".'
+        ),
     ] = "dpmpp_2m",
     schedule: Annotated[
         str | None, typer.Option(help="Noise levels to visit: karras, beta, sgm_uniform ...; default: the model's own.")
@@ -93,7 +97,7 @@ def sample(
     from latentgen.cli.drawing import draw_to_folder, open_model
 
     opened = open_model(folder, device, dtype)
-    from latentgen.pipelines.generate import Request, check
+    from latentgen.pipelines.generate import Request, check, remark, steps_of
 
     side = opened.default_side
     requests = [
@@ -114,7 +118,9 @@ def sample(
     ]
     for request in requests:
         check(request, opened.model)
-    with progress("drawing", "step", total=steps * len(requests)) as bar:
+    for line in {remark(request, opened.model) for request in requests} - {None}:
+        logger.warning("%s", line)
+    with progress("drawing", "step", total=steps_of(requests)) as bar:
         paths = draw_to_folder(
             opened, requests, out, batch_size=batch_size, on_step=bar.update, columns=num if grid else 0
         )

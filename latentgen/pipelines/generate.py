@@ -18,17 +18,18 @@ from torch import Tensor
 
 from latentgen.core.errors import UserError
 from latentgen.diffusion.brownian import brownian_noise
+from latentgen.diffusion.guidance import canonical as canonical_guidance
 from latentgen.diffusion.noise import student
 from latentgen.diffusion.parameterization import EDM, Denoiser, Flow
-from latentgen.diffusion.samplers import find_sampler, resolve
+from latentgen.diffusion.samplers import canonical, find_sampler, resolve
 from latentgen.diffusion.samplers.single import ddpm
 from latentgen.diffusion.schedules import SCHEDULES
 from latentgen.diffusion.variational import LogVariances
-from latentgen.formats.fitted_schedules import find_fitted
+from latentgen.formats.fitted_schedules import Fitted, find_fitted
 from latentgen.formats.model_folder import Model
 from latentgen.formats.scheduler import usual_schedule
 from latentgen.models.autoencoder import decode, factor
-from latentgen.pipelines.guiding import Wish, check_guidance, guided, split_prompt, weak_model
+from latentgen.pipelines.guiding import Wish, check_guidance, check_negative_prompt, guided, split_prompt, weak_model
 from latentgen.pipelines.pictures import to_pictures
 
 FITTED = "fitted"
@@ -47,7 +48,8 @@ class Request:
         guidance_scale: 1 draws from the model as it is; more follows the prompt harder.
         guidance: how, beyond plain cfg: `NAME[,key=value]...` of `diffusion.guidance` each, such as
             "interval,low=0.3,high=6"; in any order.
-        sampler: a name of `diffusion.samplers`, or what other tools call it; such a name may say the schedule too.
+        sampler: `NAME[,key=value]...`, a name of `diffusion.samplers` or what other tools call it, which may say the
+            schedule too; such as "ddim,eta=0.5".
         schedule: a name of `diffusion.schedules`, or "fitted"; None is what the model's process was made for.
         height, width: pixels, multiples of the autoencoder's factor.
     """
@@ -74,9 +76,19 @@ def check(request: Request, model: Model) -> None:
         raise UserError(f"--steps {request.num_inference_steps}: the number of sampling steps must be at least 1")
     if not 0 <= request.guidance_scale < float("inf"):
         raise UserError(f"--guidance-scale {request.guidance_scale}: must not be negative, nor infinite")
+    if not -(2**63) <= request.seed < 2**64:
+        raise UserError(f"--seed {request.seed}: choose one of 64 bits, such as 0 to {2**63 - 1}")
+    check_negative_prompt(request.guidance, request.negative_prompt)
     check_guidance(_wish(request, _sigmas(request, model)), model)
     if _augmented_dim(model) is not None and find_sampler(request.sampler).noise:
         raise UserError(f"--sampler {request.sampler}: it adds normal noise, which is not PFGM++'s; choose heun")
+
+
+def steps_of(requests: Sequence[Request]) -> int | None:
+    """How many steps `generate` will report of these; None where only drawing them can tell."""
+    if any(find_sampler(request.sampler).own_steps for request in requests):
+        return None
+    return sum(request.num_inference_steps for request in requests)
 
 
 @torch.no_grad()
@@ -107,16 +119,37 @@ def generate(
 def _sigmas(request: Request, model: Model) -> Tensor:
     """The noise levels `[n + 1]` that the request visits; by default those the model's process was made for."""
     if request.schedule == FITTED:
-        sampler, implied = resolve(request.sampler)
+        _, implied = resolve(request.sampler)
         if implied is not None:
             raise UserError(f"--sampler {request.sampler!r} means schedule {implied!r}: leave out --schedule fitted.")
-        return find_fitted(model.metadata, sampler, request.num_inference_steps)
+        return _fitted(request, model).sigmas
     parameterization = model.parameterization()
     _, name = resolve(request.sampler, request.schedule)
+    if name is None and find_sampler(request.sampler).own_steps:
+        return torch.tensor([parameterization.sigma_max, parameterization.sigma_min, 0.0])
     if name in (None, "flow") and isinstance(parameterization, Flow):
         shift = float(model.schedule.get("shift", 1.0))
         return SCHEDULES["flow"](request.num_inference_steps, parameterization, shift=shift)
     return SCHEDULES[name or usual_schedule(parameterization)](request.num_inference_steps, parameterization)
+
+
+def _fitted(request: Request, model: Model) -> Fitted:
+    sampler, guidance = canonical(request.sampler), canonical_guidance(request.guidance)
+    return find_fitted(model.metadata, sampler, request.num_inference_steps, request.guidance_scale, guidance)
+
+
+def remark(request: Request, model: Model) -> str | None:
+    """What to know before drawing: that the fitted schedule was fitted with other guidance than is asked for."""
+    if request.schedule != FITTED:
+        return None
+    found, wanted = _fitted(request, model), canonical_guidance(request.guidance)
+    if (found.guidance_scale, found.guidance) == (request.guidance_scale, wanted):
+        return None
+    fitted, asked = "; ".join(found.guidance), "; ".join(wanted)
+    return (
+        f"--schedule fitted: fitted with {fitted} of scale {found.guidance_scale:g}, not with {asked} of scale "
+        f"{request.guidance_scale:g}; `latentgen fit-schedule` with this guidance may find a better one"
+    )
 
 
 def _settings(request: Request) -> tuple[Request, tuple[float, ...]]:
@@ -149,7 +182,8 @@ def _latents(model: Model, weak: Model | None, batch: list[Request], on_step: Ca
     report = None if on_step is None else lambda i, x, x0_hat: on_step(len(batch))
     own_noise = brownian_noise([r.seed for r in batch], ready.x)
     method = find_sampler(batch[0].sampler)
-    knobs = {"log_variance": ready.log_variance} if method.run is ddpm else {}
+    learned = method.run is ddpm and not method.knobs  # whoever asks for a fixed variance gets it
+    knobs = {"log_variance": ready.log_variance} if learned else {}
     latents = method(ready.denoise, ready.x, ready.sigmas, noise=own_noise, on_step=report, **knobs)
     return latents.to(model.vae.dtype)
 
@@ -178,10 +212,13 @@ def prepare(model: Model, batch: Sequence[Request], weak: Model | None = None) -
 def parameters_line(request: Request, model_name: str, model_hash: str) -> str:
     """The text that image viewers and other tools read back: prompt, negative prompt, settings."""
     negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
+    # in quotation marks where there are commas, because other tools split at them
+    sampler = f'"{request.sampler}"' if "," in request.sampler else request.sampler
+    schedule = f"Schedule type: {request.schedule}, " if request.schedule is not None else ""
     settings = (
-        f"Steps: {request.num_inference_steps}, Sampler: {request.sampler}, CFG scale: {request.guidance_scale:g}, "
+        f"Steps: {request.num_inference_steps}, Sampler: {sampler}, {schedule}CFG scale: {request.guidance_scale:g}, "
         f"Seed: {request.seed}, Size: {request.width}x{request.height}"
     )
-    if request.guidance:  # in quotation marks, because other tools split at commas
+    if request.guidance:
         settings += f', Guidance: "{"; ".join(request.guidance)}"'
     return f"{request.prompt}{negative}\n{settings}, Model hash: {model_hash[:10]}, Model: {model_name}"

@@ -31,7 +31,7 @@ class Wish:
     Args:
         guidance: `NAME[,key=value]...` each, as `diffusion.guidance.parse` reads them.
         scale: of the rule.
-        sampler: its name.
+        sampler: `NAME[,key=value]...`, as `diffusion.samplers.find_sampler` reads it.
         levels: the noise levels it visits.
         weights: of the prompts of a composition; (1.0,) where there is none.
     """
@@ -77,6 +77,14 @@ def check_guidance(wish: Wish, model: Model) -> None:
     folder = _knob(parts, "autoguidance", "model")
     if folder is not None:
         check_folder(Path(folder))
+
+
+def check_negative_prompt(guidance: Sequence[str], negative_prompt: str) -> None:
+    """Raise `UserError` for a negative prompt that nothing would look at."""
+    if negative_prompt and _knob(parse(guidance), "autoguidance", "model") is not None:
+        raise UserError(
+            "--negative-prompt with --guidance autoguidance: the worse model takes its place; leave one of them out"
+        )
 
 
 def weak_model(guidance: Sequence[str], model: Model) -> Model | None:

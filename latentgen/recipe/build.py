@@ -18,16 +18,19 @@ from latentgen.data.sources.base import Source
 from latentgen.data.sources.folder import FolderSource
 from latentgen.data.sources.shapes import ShapesSource
 from latentgen.diffusion import lookup
+from latentgen.diffusion.guidance import build as build_guidance
+from latentgen.diffusion.guidance import parse
 from latentgen.diffusion.losses import LOSSES, WEIGHTS
 from latentgen.diffusion.noise_levels import DENSITIES
 from latentgen.diffusion.parameterization import EDM
-from latentgen.diffusion.samplers import find_sampler
+from latentgen.diffusion.samplers import find_sampler, resolve
 from latentgen.engine.settings import LoopSettings
 from latentgen.formats.model_folder import Model, load_metadata, load_model
 from latentgen.models.autoencoder import build_autoencoder, initialise
 from latentgen.models.clip import Clip, ClipShape, build_clip
 from latentgen.models.unet import build_unet
-from latentgen.pipelines.generate import Request
+from latentgen.pipelines.generate import FITTED, Request
+from latentgen.pipelines.guiding import check_negative_prompt, split_prompt
 from latentgen.recipe.process import check_objective, check_process, process
 from latentgen.recipe.schema import Autoencoder, Recipe, TextEncoder, UNet
 from latentgen.tasks.diffusion import LEVELS, Objective
@@ -68,14 +71,30 @@ def check(recipe: Recipe, processes: int) -> None:
     own = {"vae": recipe.autoencoder.source, "clip": recipe.text_encoder.source, "unet": None}
     for stage in (stage for stage, source in own.items() if source is None):
         cut(recipe, stage, world=processes)
-    find_sampler(recipe.preview.sampler)
     check_process(recipe)
+    _check_previews(recipe)
     for section in ("autoencoder", "text_encoder", "unet"):
         _warn_of_ignored(section, getattr(recipe, section))
     if recipe.text_encoder.contrasts and recipe.text_encoder.source is None and recipe.data.source != "shapes":
         logger.warning("text_encoder.contrasts is ignored: no captions are known to be false of a picture in a folder")
     if recipe.data.validation is not None and not Path(recipe.data.validation).is_dir():
         raise UserError(f"{recipe.data.validation}: no such folder; check data.validation")
+
+
+def _check_previews(recipe: Recipe) -> None:
+    """Raise `UserError` for previews that no model could draw; the rest is checked when there is one."""
+    p = recipe.preview
+    if p.schedule == FITTED:
+        raise UserError("preview.schedule: fitted: a schedule is fitted to a finished model; choose another, or null")
+    resolve(p.sampler, p.schedule)
+    adds_noise = find_sampler(p.sampler).noise
+    if adds_noise and recipe.unet.source is None and recipe.diffusion.augmented_dim is not None:
+        raise UserError(f"preview.sampler: {p.sampler} adds normal noise, which is not PFGM++'s; choose heun")
+    check_negative_prompt(p.guidance, p.negative_prompt)
+    levels = range(p.num_inference_steps, -1, -1)
+    for prompt in p.prompts:
+        _, weights = split_prompt(prompt, p.guidance)
+        build_guidance(parse(p.guidance), p.guidance_scale, p.sampler, levels, weights)
 
 
 def _warn_of_ignored(name: str, section: Autoencoder | TextEncoder | UNet) -> None:
@@ -289,7 +308,9 @@ def previews(recipe: Recipe) -> list[Request]:
             seed=p.seed + number,
             num_inference_steps=p.num_inference_steps,
             guidance_scale=p.guidance_scale,
+            guidance=p.guidance,
             sampler=p.sampler,
+            schedule=p.schedule,
             height=side,
             width=side,
         )

@@ -33,6 +33,7 @@ from latentgen.engine.world import World, make_world
 from latentgen.formats.model_folder import Model, load_model, quiet_libraries, save_model
 from latentgen.models.clip import Clip, load_clip
 from latentgen.models.text import train_tokenizer
+from latentgen.pipelines.generate import check
 from latentgen.recipe import build
 from latentgen.recipe.load import dump_recipe, load_recipe
 from latentgen.recipe.plan import make_plan
@@ -205,6 +206,9 @@ class Run:
     def _unet(self, model: Model) -> UNet2DConditionModel:
         result, recipe = self.folder.result("unet"), self.recipe
         if not result.is_dir():
+            previews = build.previews(recipe)
+            for request in previews:
+                check(request, model)
             share = Share(self.accelerator.process_index, self.accelerator.num_processes)
             cache, data = Path(recipe.data.cache), recipe.data
             moments = cache_latents(model, self.source, cache, flip=data.flip, share=share)
@@ -213,7 +217,7 @@ class Run:
             task = DiffusionTask(
                 model,
                 build.objective(recipe, model),
-                build.previews(recipe),
+                previews,
                 columns=recipe.preview.num,
                 kernel=recipe.unet.attention_kernel,
                 dtype=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,

@@ -263,7 +263,9 @@ class Preview(Section):
     seed: int = 0
     num_inference_steps: int = Field(default=20, ge=1, le=1000)
     guidance_scale: float = Field(default=4.0, ge=0)
-    sampler: str = "dpmpp_2m"
+    guidance: tuple[str, ...] = Field(default=(), description="NAME[,key=value]... each, as --guidance takes them")
+    sampler: str = Field(default="dpmpp_2m", description="NAME[,key=value]..., as --sampler takes it")
+    schedule: str | None = Field(default=None, description="noise levels to visit (null: the model's own)")
 
 
 class Recipe(Section):

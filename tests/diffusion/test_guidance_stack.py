@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from latentgen.core.errors import UserError
-from latentgen.diffusion.guidance import CFG, GUIDANCE, Guidance, batched, bind, build, parse
+from latentgen.diffusion.guidance import CFG, GUIDANCE, Guidance, batched, bind, build, canonical, parse
 from latentgen.diffusion.guidance import stack as module
 from latentgen.diffusion.guidance.rules import APG
 from latentgen.diffusion.guidance.stack import ALIASES, EULER_ONLY, REFUSED, RULES
@@ -63,6 +63,7 @@ def test_composition_gets_the_weights() -> None:
         (("interval,low",), "write low=VALUE"),
         (("interval,low=1,low=2",), "write low=VALUE, once"),
         (("interval,low=deep",), "low=deep: give a number"),
+        (("adaptive,threshold=nan",), "threshold=nan: give a number"),
         (("zero_init,steps=1.5",), "steps=1.5: give a whole number"),
         (("interval", "interval,low=1"), "interval: it is given twice"),
         (("apg", "cfg_zero"), "apg and cfg_zero: each decides alone how predictions combine"),
@@ -81,8 +82,27 @@ def test_refusals_say_what_and_why(texts: tuple[str, ...], message: str) -> None
 def test_samplers_that_do_not_fit_are_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"--guidance {name} with --sampler dpmpp_2m: .*; choose euler"):
         ask(name, sampler="dpmpp_2m")
-    for sampler in ("euler", "ddim", "k_euler"):
+    for sampler in ("euler", "ddim", "k_euler", "ddim,eta=0", "euler,s_noise=1.1"):
         ask(name, sampler=sampler)
+    for sampler in ("ddim,eta=0.5", "euler,s_churn=10", "euler_ancestral"):  # steps with noise are not Euler's
+        with pytest.raises(UserError, match=f"--guidance {name} with --sampler {sampler}: .* noise.*; choose euler"):
+            ask(name, sampler=sampler)
+
+
+def test_guidance_that_remembers_is_refused_where_steps_are_taken_at_once() -> None:
+    for text in ("adaptive", "apg"):
+        with pytest.raises(
+            UserError, match=f"--guidance {text} with --sampler parallel,window=4: .*one after the other"
+        ):
+            ask(text, sampler="parallel,window=4", scale=4.0)
+    ask("apg,momentum=0", sampler="parallel", scale=4.0)
+
+
+def test_one_way_to_write_it() -> None:
+    assert canonical(()) == canonical(("cfg",)) == ("cfg",)
+    written = canonical(("Rescale, phi=.5", "guidance-interval,high=3,low=0.28", "apg"))
+    assert written == ("apg", "interval,high=3.0", "rescale,phi=0.5")
+    assert parse(written) == parse(canonical(written))
 
 
 def test_the_refused_pairs_are_names() -> None:

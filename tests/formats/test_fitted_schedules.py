@@ -27,11 +27,11 @@ def test_written_found_and_replaced(tiny: Model, tmp_path: Path) -> None:
     assert len(after["metadata"].pop("fitted_schedules")) == 2
     assert after == before
     metadata = load_metadata(folder)
-    assert torch.equal(find_fitted(metadata, "dpmpp_2m", 2), torch.tensor([14.0, 2.0, 0.0]))
-    assert torch.equal(find_fitted(metadata, "heun", 2), torch.tensor([14.0, 1.0, 0.0]))
+    assert torch.equal(find_fitted(metadata, "dpmpp_2m", 2).sigmas, torch.tensor([14.0, 2.0, 0.0]))
+    assert torch.equal(find_fitted(metadata, "heun", 2).sigmas, torch.tensor([14.0, 1.0, 0.0]))
     (folder / METADATA).unlink()  # as other tools write folders
     write_fitted(folder, entry())
-    assert len(find_fitted(load_metadata(folder), "dpmpp_2m", 2)) == 3
+    assert len(find_fitted(load_metadata(folder), "dpmpp_2m", 2).sigmas) == 3
 
 
 def test_mistakes(tmp_path: Path) -> None:
@@ -40,8 +40,32 @@ def test_mistakes(tmp_path: Path) -> None:
         find_fitted(metadata, "dpmpp_2m", 3)
     with pytest.raises(UserError, match=r"none.*fit-schedule"):
         find_fitted({}, "heun", 8)
-    for sigmas in ([14.0, 0.0], [14.0, 15.0, 0.0], [14.0, 1.0, 0.5], []):
+    for sigmas in ([14.0, 0.0], [14.0, 15.0, 0.0], [14.0, 1.0, 0.5], [], "14, 1, 0", [float("inf"), 1.0, 0.0], None):
         with pytest.raises(UserError, match="broken"):
             find_fitted({"fitted_schedules": [{**entry(), "sigmas": sigmas}]}, "dpmpp_2m", 2)
     with pytest.raises(UserError):
         write_fitted(tmp_path / "nothing", entry())
+
+
+def test_each_guidance_has_its_own() -> None:
+    def fitted(middle: float, **guidance: object) -> dict:
+        return {**entry(middle=middle), **guidance}
+
+    metadata = {
+        "fitted_schedules": [
+            entry(middle=1.0),  # of scale 4, and of no guidance by name, as it was first written
+            fitted(2.0, guidance_scale=8.0, guidance=["cfg"]),
+            fitted(3.0, guidance_scale=8.0, guidance=["cfg", "interval"]),
+        ]
+    }
+
+    def middle(*guidance: object) -> float:
+        return float(find_fitted(metadata, "dpmpp_2m", 2, *guidance).sigmas[1])  # type: ignore[arg-type]
+
+    assert middle(4.0) == 1.0
+    assert middle(8.0) == 2.0
+    assert middle(8.0, ("cfg", "interval")) == 3.0
+    assert middle(5.0) == 1.0, "the nearest scale"
+    assert middle(7.0) == 2.0
+    found = find_fitted(metadata, "dpmpp_2m", 2, 5.0, ("cfg", "interval"))
+    assert (found.guidance_scale, found.guidance) == (8.0, ("cfg", "interval")), "the same guidance before the scale"

@@ -16,7 +16,7 @@ from latentgen.core.errors import UserError
 from latentgen.formats.model_folder import Model
 from latentgen.models.text import encode_text
 from latentgen.pipelines import generate as module
-from latentgen.pipelines.generate import Request, check, generate, parameters_line, start_noise
+from latentgen.pipelines.generate import Request, check, generate, parameters_line, start_noise, steps_of
 
 
 def ask(prompt: str = "a red circle", **changes: Any) -> Request:
@@ -131,6 +131,15 @@ def test_requests_of_many_settings_come_back_in_their_order(tiny: Model, monkeyp
         ({"guidance_scale": -1.0}, "--guidance-scale -1.0: must not be negative"),
         ({"sampler": "dpmpp"}, "dpmpp_2m"),
         ({"schedule": "karas"}, "karras"),
+        ({"seed": 2**64}, "--seed 18446744073709551616: choose one of 64 bits"),
+        ({"seed": -(2**63) - 1}, "--seed -9223372036854775809: choose one of 64 bits"),
+        (
+            {"negative_prompt": "blur", "guidance": ("autoguidance,model=x",)},
+            "--negative-prompt with --guidance autoguidance: the worse model takes its place",
+        ),
+        ({"sampler": "ddim,eta=2"}, "--sampler ddim,eta=2: eta 2.0: choose it between 0"),
+        ({"sampler": "parallel", "guidance": ("adaptive",)}, "it remembers earlier steps"),
+        ({"sampler": "ddim,eta=0.5", "guidance": ("cfgpp",), "guidance_scale": 0.5}, "without noise.*; choose euler"),
     ],
 )
 def test_check_refuses(changes: dict, message: str, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +149,13 @@ def test_check_refuses(changes: dict, message: str, tiny: Model, monkeypatch: py
     with pytest.raises(UserError, match=message):
         list(generate(tiny, [ask(), ask(**changes)]))
     assert calls.batches == [], "nothing is drawn before all requests are checked"
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, 1 - 2**63, -1])  # torch looks at the last 32 bits
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
+def test_any_seed_of_64_bits_draws(seed: int, sampler: str, tiny: Model) -> None:
+    one, other = generate(tiny, [ask(seed=seed, sampler=sampler), ask(sampler=sampler)])
+    assert distance(one, other) > 1
 
 
 def test_a_batch_of_none(tiny: Model) -> None:
@@ -154,6 +170,30 @@ def test_parameters_line() -> None:
         "Steps: 3, Sampler: euler, CFG scale: 4, Seed: 9, Size: 16x16, Model hash: 0123456789, Model: run"
     )
     assert "Negative" not in parameters_line(ask(), "run", "0" * 10)
+
+
+def test_the_parameters_line_holds_the_knobs_and_the_schedule() -> None:
+    line = parameters_line(ask(sampler="ddim,eta=0.5", schedule="karras"), "run", "0" * 10)
+    assert ', Sampler: "ddim,eta=0.5", Schedule type: karras, CFG scale: 4, ' in line
+
+
+def test_a_samplers_knobs_count(tiny: Model) -> None:
+    plain, still, noisy, other = generate(
+        tiny,
+        [ask(sampler=sampler) for sampler in ("ddim", "DDIM, eta=0", "ddim,eta=0.5", "ddim,eta=1")],
+    )
+    assert distance(plain, still) == 0
+    assert distance(plain, noisy) > 1
+    assert distance(noisy, other) > 1
+
+
+def test_a_sampler_of_its_own_steps_does_not_look_at_their_number(tiny: Model) -> None:
+    few, many = (ask(sampler="dpm_adaptive,rtol=0.5", num_inference_steps=n) for n in (1, 9))
+    one, other = generate(tiny, [few, many])
+    assert distance(one, other) == 0
+    assert distance(one, next(generate(tiny, [ask(num_inference_steps=1)]))) > 1
+    assert steps_of([few]) is None, "nor can anyone tell how many it takes"
+    assert steps_of([ask(), ask(sampler="heun", num_inference_steps=5)]) == 8
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "Euler a", "restart", "DPM++ SDE Karras"])

@@ -18,7 +18,7 @@ from latentgen.core.rand import Draw
 from latentgen.data.fetch import CachedBatches
 from latentgen.diffusion.parameterization import EDM, VE, Flow, V
 from latentgen.formats.model_folder import Model, load_model, save_model
-from latentgen.pipelines.generate import Request, generate
+from latentgen.pipelines.generate import Request, check, generate
 from latentgen.recipe import build
 from latentgen.recipe.process import check_process, process
 from latentgen.recipe.schema import Diffusion, Recipe
@@ -185,6 +185,70 @@ def test_settings_of_the_process_come_with_the_network(
     with caplog.at_level(logging.WARNING):
         check_process(Recipe(**values))
     assert [record.getMessage().split()[0] for record in caplog.records] == ["diffusion.schedule", "diffusion.shift"]
+
+
+def test_whoever_asks_for_a_fixed_variance_gets_it(tiny_recipe: Recipe, tiny: Model) -> None:
+    """And not the one that the network learned, which is what plain ddpm takes."""
+    model = made(with_(tiny_recipe, learned_variance=True), tiny)
+
+    def draw(sampler: str) -> np.ndarray:
+        request = Request("a", num_inference_steps=3, height=16, width=16, sampler=sampler)
+        return np.asarray(next(generate(model, [request])), dtype=int)
+
+    learned, small, large = (draw(f"ddpm{knob}") for knob in ("", ",variance=fixed_small", ",variance=fixed_large"))
+    same_as_small = draw("ddim,eta=1")
+    assert abs(small - same_as_small).max() <= 1
+    assert abs(small - large).max() > 1
+    assert min(abs(learned - small).max(), abs(learned - large).max()) > 1
+
+
+def test_pfgm_takes_no_sampler_that_adds_noise(tiny_recipe: Recipe, tiny: Model) -> None:
+    recipe = with_(tiny_recipe, target="edm", augmented_dim=64.0)
+    model = made(recipe, tiny)
+
+    def drawing(sampler: str) -> None:
+        check(Request("a", num_inference_steps=3, height=16, width=16, sampler=sampler), model)
+
+    def training(sampler: str) -> None:
+        build.check(recipe.model_copy(update={"preview": recipe.preview.model_copy(update={"sampler": sampler})}), 1)
+
+    for sampler in ("heun", "ddim,eta=0", "euler_ancestral,eta=0"):
+        drawing(sampler)
+        training(sampler)
+    for sampler in ("ddim,eta=0.5", "heun,s_churn=4", "euler_a"):
+        for asked, key in ((drawing, "--sampler"), (training, "preview.sampler")):
+            with pytest.raises(UserError, match=rf"{key}.* adds normal noise, which is not PFGM"):
+                asked(sampler)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "ddim,eta=3"}, "eta 3.0"),
+        ({"sampler": "DPM++ 2M Karras", "schedule": "beta"}, "means the schedule 'karras'"),
+        ({"schedule": "fitted"}, "preview.schedule: fitted: .* finished model"),
+        ({"schedule": "karas"}, "karras"),
+        ({"guidance": ("intervall",)}, "interval"),
+        ({"guidance": ("cfgpp",), "guidance_scale": 0.5}, "choose euler"),
+        ({"guidance": ("zero_init,steps=9",), "sampler": "euler", "num_inference_steps": 4}, "from 0 to 4"),
+        ({"guidance": ("compose",), "prompts": ("a red circle AND ",)}, "empty prompt"),
+    ],
+)
+def test_previews_that_cannot_be_drawn_are_refused_before_training(
+    settings: dict, message: str, tiny_recipe: Recipe
+) -> None:
+    values = tiny_recipe.model_dump()
+    values["preview"] |= settings
+    with pytest.raises(UserError, match=message) as told:
+        build.check(Recipe(**values), processes=1)
+    assert "\n" not in str(told.value)
+
+
+def test_previews_are_drawn_as_the_recipe_says(tiny_recipe: Recipe) -> None:
+    values = tiny_recipe.model_dump()
+    values["preview"] |= {"sampler": "ddim,eta=0.5", "schedule": "karras", "guidance": ["rescale"]}
+    for request in build.previews(Recipe(**values)):
+        assert (request.sampler, request.schedule, request.guidance) == ("ddim,eta=0.5", "karras", ("rescale",))
 
 
 def test_pfgm_starts_from_its_own_noise(tiny: Model) -> None:

@@ -92,6 +92,18 @@ def test_guidance_is_asked_for_and_written_down(pair, programs, model, tmp_path)
     assert abs(pixels(tmp_path / path) - pixels(cwd / paths[0])).max() > 1
 
 
+def test_a_sampler_is_asked_for_with_its_knobs(pair, programs, model, tmp_path):
+    cwd, paths = pair[0]
+    words = ["sample", "a red circle", "--model", model, "--seed", 5, *FEW, "--out"]
+    (path, _) = drawn(programs(*words, "noisy", "--sampler", "dpmpp_2m_sde,eta=0.5", cwd=tmp_path))
+    text = Image.open(tmp_path / path).text  # type: ignore[attr-defined]
+    assert json.loads(text["latentgen"])["sampler"] == "dpmpp_2m_sde,eta=0.5"
+    assert 'Sampler: "dpmpp_2m_sde,eta=0.5"' in text["parameters"]
+    (other, _) = drawn(programs(*words, "still", "--sampler", "dpmpp_2m_sde,eta=0", cwd=tmp_path))
+    assert abs(pixels(tmp_path / path) - pixels(tmp_path / other)).max() > 1
+    assert abs(pixels(tmp_path / path) - pixels(cwd / paths[0])).max() > 1
+
+
 def test_batch_size_does_not_change_pictures(pair, programs, model, tmp_path):
     cwd, paths = pair[0]
     for size in (1, 4):

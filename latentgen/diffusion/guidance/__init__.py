@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from latentgen.diffusion.guidance.driver import Guidance, Needs, Predict, State, batched, bind, pick
 from latentgen.diffusion.guidance.rules import CFG
-from latentgen.diffusion.guidance.stack import GUIDANCE, Part, build, parse
+from latentgen.diffusion.guidance.stack import GUIDANCE, Part, build, canonical, parse, remembers
 
 __all__ = [
     "CFG",
@@ -21,6 +21,8 @@ __all__ = [
     "batched",
     "bind",
     "build",
+    "canonical",
     "parse",
     "pick",
+    "remembers",
 ]

@@ -7,7 +7,6 @@ One rule (cfg where none is named), then wrappers in the order of WRAPPERS, what
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,8 @@ from latentgen.diffusion.guidance.wrappers import (
     Threshold,
     ZeroInit,
 )
-from latentgen.diffusion.samplers import find_sampler
+from latentgen.diffusion.knobs import read, settable, split, written
+from latentgen.diffusion.samplers import SAMPLERS, find_sampler
 
 
 @dataclass(frozen=True)
@@ -65,31 +65,16 @@ def parse(texts: Sequence[str]) -> tuple[Part, ...]:
 
 
 def _part(text: str) -> Part:
-    name, *pairs = (piece.strip() for piece in text.split(","))
+    name, pairs = split(text)
     factory = lookup(GUIDANCE, name.replace("-", "_"), "--guidance", ALIASES)
     name = next(key for key, value in GUIDANCE.items() if value is factory)
-    parameters = inspect.signature(factory).parameters
-    allowed = [key for key in parameters if key not in SUPPLIED[name in RULES]]
-    knobs: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = (piece.strip() for piece in pair.partition("="))
-        if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"--guidance {text}: {name} has no {key!r}: {hint}{_knobs_of(name, allowed)}")
-        if not equals or not value or key in knobs:
-            raise UserError(f"--guidance {text}: write {key}=VALUE, once")
-        kind = {"float": float, "int": int, "str": str}[str(parameters[key].annotation)]
-        try:
-            knobs[key] = kind(value)
-        except ValueError:
-            word = "a whole number" if kind is int else "a number"
-            raise UserError(f"--guidance {text}: {key}={value}: give {word}") from None
-    return Part(name, tuple(knobs.items()))
+    allowed = settable(factory, SUPPLIED[name in RULES])
+    return Part(name, tuple(read(pairs, f"--guidance {text}", name, allowed).items()))
 
 
-def _knobs_of(name: str, allowed: list[str]) -> str:
-    return f"it has {', '.join(allowed)}." if allowed else f"{name} has nothing to set."
+def canonical(texts: Sequence[str]) -> tuple[str, ...]:
+    """The one way to write what `parse` reads; ("cfg",) where nothing is said."""
+    return tuple(written(part.name, part.knobs, settable(GUIDANCE[part.name])) for part in parse(texts))
 
 
 def build(
@@ -104,7 +89,7 @@ def build(
     Args:
         parts: from `parse`.
         scale: the guidance scale, which the rule takes.
-        sampler: the sampler's name.
+        sampler: the sampler, as `find_sampler` reads it.
         levels: the noise levels it visits, n + 1 with the last.
         weights: of the prompts, for `compose`.
 
@@ -114,8 +99,13 @@ def build(
     supplied = {"scale": scale, "levels": tuple(levels), "weights": weights}
     guidance: Any = None
     for part in parts:
-        if part.name in EULER_ONLY and find_sampler(sampler) not in (find_sampler("euler"), find_sampler("ddim")):
+        if part.name in EULER_ONLY and not _plain_euler(sampler):
             raise UserError(f"--guidance {part.name} with --sampler {sampler}: {EULER_ONLY[part.name]}; choose euler")
+        if remembers(part) and find_sampler(sampler).run is SAMPLERS["parallel"].run:
+            raise UserError(
+                f"--guidance {part.name} with --sampler {sampler}: it remembers earlier steps, which must then come "
+                "one after the other; choose euler"
+            )
         factory, of_rule = GUIDANCE[part.name], part.name in RULES
         wanted = set(SUPPLIED[of_rule]) & set(inspect.signature(factory).parameters)
         given = {key: value for key, value in {**supplied, "inner": guidance}.items() if key in wanted}
@@ -123,12 +113,23 @@ def build(
     return guidance
 
 
+def remembers(part: Part) -> bool:
+    """Whether what it does at a step depends on the steps before."""
+    return part.name == "adaptive" or (part.name == "apg" and part.knob("momentum") != 0)
+
+
+def _plain_euler(sampler: str) -> bool:
+    """Whether a sampler takes Euler's steps and adds no noise."""
+    method = find_sampler(sampler)
+    return method.run in (SAMPLERS["euler"].run, SAMPLERS["ddim"].run) and not method.noise
+
+
 SUPPLIED: Mapping[bool, tuple[str, ...]] = {True: ("scale", "levels"), False: ("inner", "levels", "weights")}
 """What `build` gives to rules (True) and to wrappers (False); users set the rest."""
 
 EULER_ONLY: Mapping[str, str] = {
-    "cfgpp": "CFG++ is a way to take DDIM's steps, which others do not take",
-    "zero_init": "a frozen start tells nothing about the picture, and other samplers learn from earlier steps",
+    "cfgpp": "CFG++ is a way to take DDIM's steps without noise, which others do not take",
+    "zero_init": "a frozen start tells nothing about the picture: others learn from earlier steps, or add noise to it",
 }
 """Guidance for the samplers `euler` and `ddim` without added noise, and why for no other."""
 
