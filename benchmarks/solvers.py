@@ -186,8 +186,17 @@ class Bench:
                 key, n = f"fitted | {name}", steps_for(samplers[name], budget)
                 if self.missing(key, [budget]) and n > 0:
                     x, target = start(self.problem, p.sigma_max, test=False), self.targets(test=False)["end"]
-                    effort = {} if few else {"rounds": 4, "starts": 1}
-                    found = fit(self.problem.denoiser(False), x, n, p, solver=samplers[name], target=target, **effort)
+                    rounds, starts = (12, 2) if few else (4, 1)
+                    found = fit(
+                        self.problem.denoiser(False),
+                        x,
+                        n,
+                        p,
+                        solver=samplers[name],
+                        target=target,
+                        rounds=rounds,
+                        starts=starts,
+                    )
                     self.put(key, budget, self.measure(samplers[name], found.sigmas, budget))
 
     def best_of_sampler(self, name: str, budget: int) -> float:
