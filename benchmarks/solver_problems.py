@@ -83,20 +83,20 @@ class Mixture:
         return (torch.softmax(log_chance, dim=1)[..., None] * each).sum(dim=1).reshape(x.shape).to(x.dtype)
 
 
-def mixture(pictures: int) -> Problem:
-    """Sampled with Stable Diffusion's table of noise levels."""
+def mixture(pictures: int, first: int = 0) -> Problem:
+    """Sampled with Stable Diffusion's table of noise levels. first: other pictures for another number."""
     data = Mixture()
 
     def noise(test: bool) -> Tensor:
-        generator = torch.Generator().manual_seed(int(test))
+        generator = torch.Generator().manual_seed(int(test) + first)
         return torch.randn(pictures, 4, 4, 4, dtype=torch.float64, generator=generator)
 
     title = "analytic mixture of 8 Gaussians in 64 dimensions"
     return Problem("mixture", title, V(), lambda test: data.denoise, noise)
 
 
-def shapes(folder: Path, pictures: int, guidance_scale: float) -> Problem:
-    """Latents of the shipped model under classifier-free guidance."""
+def shapes(folder: Path, pictures: int, guidance_scale: float, first: int = 0) -> Problem:
+    """Latents of the shipped model under classifier-free guidance. first: the seed of the first picture."""
     from latentgen.diffusion.guidance import CFG, batched, bind
     from latentgen.diffusion.parameterization import denoiser as make_denoiser
     from latentgen.formats.model_folder import load_model
@@ -122,7 +122,7 @@ def shapes(folder: Path, pictures: int, guidance_scale: float) -> Problem:
         return bind(CFG(guidance_scale), batched(denoise_rows))
 
     def noise(test: bool) -> Tensor:
-        seeds = range(pictures) if test else range(1000, 1000 + OF_EACH * len(FITTING_PROMPTS))
+        seeds = range(first, first + pictures) if test else range(1000, 1000 + OF_EACH * len(FITTING_PROMPTS))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return torch.cat([torch.randn(1, channels, side, side, generator=own) for own in generators])
 

@@ -13,8 +13,10 @@ ends; what is shown is its geometric mean over the pictures. The flow is followe
 network knows, and from there in one step to 0, as every sampler here does. Schedulers of diffusers that stop at
 sigma_min (DEIS, SA-Solver) are compared with the flow at that level, which spares them the last step.
 
-Schedules are fitted to OTHER noise (and other prompts) than what is measured. Results are kept in --cache as they come,
-so an interrupted run goes on where it was, and runs with other --calls can go side by side.
+The best of each side are then measured again on three times as many other pictures, so that what won by chance among
+many is not called best, with bootstrap intervals. Schedules are fitted to OTHER noise (and other prompts) than what is
+measured. Results are kept in --cache as they come, so an interrupted run goes on where it was, and runs with other
+--calls can go side by side.
 """
 
 from __future__ import annotations
@@ -26,15 +28,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from plots import Line, line_chart
 from safetensors.torch import load_file, save_file
 from solver_problems import Counted, Problem, mixture, shapes
-from solver_theirs import METHODS, SIGMAS, SPACINGS, run, variants
+from solver_report import Results, best, final_table, verdict, write_docs
+from solver_theirs import run, variants
 from torch import Tensor
 
 from latentgen.core.errors import UserError
-from latentgen.core.files import content_key, file_sha256, write_json, write_text
-from latentgen.diffusion.fitted import error_of, fit
+from latentgen.core.files import content_key, file_sha256, write_json
+from latentgen.diffusion.fitted import errors_of, fit
 from latentgen.diffusion.parameterization import Parameterization
 from latentgen.diffusion.samplers import (
     SAMPLERS,
@@ -61,12 +63,11 @@ KNOBS: Mapping[str, Sampler] = {
     "dpmpp_3m_sde, eta=0": partial(dpmpp_3m_sde, eta=0.0),
 }
 """What diffusers' schedulers are measured at, or offer: other orders, and the stochastic ones without noise."""
-SAME = 1e-3
-"""Errors are called equal that differ by less: the same method, in other spaces and other precision."""
 ROOT = Path(__file__).resolve().parents[1]
-DOCS, PLOT = ROOT / "docs" / "samplers.md", ROOT / "docs" / "images" / "solvers-{}.png"
-Results = dict[str, dict[str, float]]
-"""{"ours | sampler schedule" or "fitted | sampler" or "theirs | label": {calls: error}}."""
+Levels = dict[str, list[float]]
+"""{"sampler calls": what was fitted}."""
+FINALISTS = 3
+"""Methods of each side, at each number of calls, that are measured again on further pictures."""
 
 
 def deterministic() -> dict[str, Sampler]:
@@ -117,6 +118,8 @@ class Bench:
         cache.mkdir(parents=True, exist_ok=True)
         self.stem = cache / f"{problem.name}-{key}"
         self.targets_file = self.stem.with_suffix(".safetensors")
+        self.levels_file = cache / f"levels-{self.stem.name}.json"
+        self.levels: Levels = json.loads(self.levels_file.read_text()) if self.levels_file.is_file() else {}
         self.results: Results = {}
         for path in cache.glob(f"{self.stem.name}-*.json"):  # one for each number of calls
             for label, error in json.loads(path.read_text()).items():
@@ -135,7 +138,8 @@ class Bench:
             save_file({"at_min": at_min, "end": end}, path)
         return load_file(path)
 
-    def put(self, key: str, budget: int, error: float) -> None:
+    def put(self, key: str, budget: int, logs: Tensor) -> None:
+        error = float(logs.mean().exp())
         self.results.setdefault(key, {})[str(budget)] = error
         these = {label: errors[str(budget)] for label, errors in self.results.items() if str(budget) in errors}
         write_json(self.stem.with_name(f"{self.stem.name}-{budget}.json"), these)
@@ -144,27 +148,43 @@ class Bench:
     def missing(self, key: str, budgets: Iterable[int]) -> list[int]:
         return [budget for budget in budgets if str(budget) not in self.results.get(key, {})]
 
-    def measure(self, sampler: Sampler, sigmas: Tensor, budget: int) -> float:
-        """The error of one run of ours, after checking what it cost."""
+    def measure(self, sampler: Sampler, sigmas: Tensor, budget: int) -> Tensor:
+        """Logarithm of the error of each picture [b], from one run of ours, after checking what it cost."""
         x = start(self.problem, float(sigmas[0]))
         counted = Counted(self.problem.denoiser(True), len(x))
         out = sampler(counted, x, sigmas)
         assert counted.calls <= budget, f"{counted.calls} calls where {budget} were allowed"
-        return error_of((out - self.targets()["end"]).flatten(1))
+        return errors_of((out - self.targets()["end"]).flatten(1)).log()
+
+    def measure_theirs(self, label: str, budget: int) -> Tensor | None:
+        """The same of one of diffusers; None where it cannot be set up."""
+        found = run(self.problem, label, budget, self.problem.denoiser(True))
+        if found is None:
+            return None
+        x, sigma, calls = found
+        assert calls <= budget, f"{label}: {calls} calls where {budget} were allowed"
+        assert sigma == 0 or abs(sigma / self.problem.parameterization.sigma_min - 1) < 0.01, f"{label} ends at {sigma}"
+        return errors_of((x - self.targets()["end" if sigma == 0 else "at_min"]).flatten(1)).log()
+
+    def measure_key(self, key: str, budget: int, levels: Levels) -> Tensor | None:
+        """What `results` has under a key, of these pictures; levels: what was fitted."""
+        side, name = key.split(" | ")
+        if side == "theirs":
+            return self.measure_theirs(name, budget)
+        samplers = deterministic()
+        if side == "fitted":
+            return self.measure(samplers[name], torch.tensor(levels[f"{name} {budget}"]), budget)
+        name, _, schedule = name.rpartition(" ")
+        sigmas = schedules_for(steps_for(samplers[name], budget), self.problem.parameterization)[schedule]
+        return self.measure(samplers[name], sigmas, budget)
 
     def run_theirs(self, budgets: Iterable[int]) -> None:
-        p = self.problem.parameterization
         for label in variants():
             key = f"theirs | {label}"
             for budget in self.missing(key, budgets):
-                found = run(self.problem, label, budget, self.problem.denoiser(True))
-                if found is None:
-                    continue
-                x, sigma, calls = found
-                assert calls <= budget, f"{label}: {calls} calls where {budget} were allowed"
-                assert sigma == 0 or abs(sigma / p.sigma_min - 1) < 0.01, f"{label} ends at sigma {sigma}"
-                target = self.targets()["end" if sigma == 0 else "at_min"]
-                self.put(key, budget, error_of((x - target).flatten(1)))
+                logs = self.measure_theirs(label, budget)
+                if logs is not None:
+                    self.put(key, budget, logs)
 
     def run_ours(self, budgets: Iterable[int]) -> None:
         for name, sampler in deterministic().items():
@@ -197,6 +217,8 @@ class Bench:
                         rounds=rounds,
                         starts=starts,
                     )
+                    self.levels[f"{name} {budget}"] = found.sigmas.tolist()
+                    write_json(self.levels_file, self.levels)
                     self.put(key, budget, self.measure(samplers[name], found.sigmas, budget))
 
     def best_of_sampler(self, name: str, budget: int) -> float:
@@ -204,86 +226,20 @@ class Bench:
         return min(self.results[key].get(str(budget), float("inf")) for key in keys if key in self.results)
 
 
-def best_of(results: Results, prefix: str, budget: int) -> tuple[float, str]:
-    """The least error at a number of calls among the keys with a prefix, and whose it is. (inf, "-") if none."""
-    found = [(errors[str(budget)], key) for key, errors in results.items() if key.startswith(prefix)
-             and str(budget) in errors]  # fmt: skip
-    return min(found, default=(float("inf"), "- | -"))
-
-
-def budgets_of(results: Results) -> list[int]:
-    return sorted({int(budget) for errors in results.values() for budget in errors})
-
-
-def tables(results: Results) -> str:
-    """Markdown: the best of each side, then every method with its best schedule."""
-    budgets = budgets_of(results)
-    head = "| | " + " | ".join(f"{budget} calls" for budget in budgets) + " |\n|---"
-    lines = [head + "|---" * len(budgets) + "|"]
-    for title, prefix in (("best of diffusers", "theirs"), ("best of ours", "ours"), ("ours, fitted", "fitted")):
-        cells = [best_of(results, f"{prefix} |", budget) for budget in budgets]
-        lines.append(
-            f"| {title} | "
-            + " | ".join(f"{e:.2g} ({key.split(' | ')[1]})" if e < 1e9 else "" for e, key in cells)
-            + " |"
-        )
-    rows = [(f"ours: {name}", [f"ours | {name} {word}" for word in SCHEDULES], name) for name in deterministic()]
-    choices = ("", *(f" {word}" for word in (*SPACINGS, *SIGMAS, "lu")))
-    rows += [(f"diffusers: {name}", [f"theirs | {name}{word}" for word in choices], "") for name in METHODS]
-    lines += ["", head.replace("| |", "| method, best schedule |", 1) + "|---" * len(budgets) + "|"]
-    for title, keys, fitted in rows:
-        cells = []
-        for budget in budgets:
-            error = best_of({key: results[key] for key in keys if key in results}, "", budget)[0]
-            with_fit = results.get(f"fitted | {fitted}", {}).get(str(budget))
-            cells.append((f"{error:.2g}" if error < 1e9 else "") + (f" / **{with_fit:.2g}**" if with_fit else ""))
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def verdict(results: Results) -> list[str]:
-    """What the benchmark claims, number of calls by number of calls."""
-    said = []
-    for budget in budgets_of(results):
-        theirs, ours, fitted = (best_of(results, f"{side} |", budget) for side in ("theirs", "ours", "fitted"))
-        best = min(ours, fitted)
-        holds = "yes" if best[0] <= (1 + SAME) * theirs[0] else "NO"
-        said.append(
-            f"{budget:3} calls: ours {best[0]:.3g} ({best[1]}), diffusers {theirs[0]:.3g} ({theirs[1]}): {holds}"
-        )
-        better = "yes" if fitted[0] < ours[0] else "NO"
-        said.append(f"    fitted {fitted[0]:.3g}, unfitted {ours[0]:.3g} ({ours[1]}): {better}")
-    return said
-
-
-def plot(problem: Problem, results: Results, path: Path) -> None:
-    """Error over calls: the best of each side, and a few well-known pairs."""
-    budgets = budgets_of(results)
-
-    def line(title: str, prefix: str, strong: bool = False) -> Line:
-        points = [(budget, best_of(results, prefix, budget)[0]) for budget in budgets]
-        return Line(title, [(x, y) for x, y in points if y < 1e9], strong)
-
-    lines = [
-        line("best of diffusers", "theirs |", True),
-        line("best of ours", "ours |", True),
-        line("ours, fitted to the model", "fitted |", True),
-        line("ours: dpmpp_2m karras", "ours | dpmpp_2m karras"),
-        line("ours: dpmpp_2m trailing", "ours | dpmpp_2m trailing"),
-        line("ours: heun karras", "ours | heun karras"),
-        line("diffusers: UniPC, any sigmas", "theirs | UniPC "),
-    ]
-    line_chart(path, problem.title, "network calls", "error", [line for line in lines if line.points], log=True)
-
-
-def write_docs(name: str, title: str, results: Results) -> None:
-    """Put the tables between the problem's markers in docs/samplers.md."""
-    text = DOCS.read_text(encoding="utf-8")
-    begin, end = f"<!-- solvers {name} -->", f"<!-- end solvers {name} -->"
-    before, rest = text.split(begin)
-    after = rest.split(end)[1]
-    image = f"![Error over network calls: {title}](images/{Path(str(PLOT).format(name)).name})"
-    write_text(DOCS, f"{before}{begin}\n{image}\n\n{tables(results)}\n{end}{after}")
+def finals(bench: Bench, again: Bench, budgets: Iterable[int]) -> dict[str, dict[str, list[float]]]:
+    """The finalists of each side on the pictures of `again`: logarithm of each picture's error."""
+    path = again.stem.with_name(f"finals-{again.stem.name}.json")
+    found: dict[str, dict[str, list[float]]] = json.loads(path.read_text()) if path.is_file() else {}
+    for budget in budgets:
+        for key in [
+            key for side in ("theirs", "ours", "fitted") for key in best(bench.results, side, budget, FINALISTS)
+        ]:
+            if str(budget) not in found.get(key, {}):
+                logs = again.measure_key(key, budget, bench.levels)
+                assert logs is not None
+                found.setdefault(key, {})[str(budget)] = logs.tolist()
+                write_json(path, found)
+    return found
 
 
 def main() -> None:
@@ -303,21 +259,28 @@ def main() -> None:
     with torch.no_grad():
         for name in options.problems:
             pictures = options.pictures or usual[name]
-            settings: dict[str, object] = {"pictures": pictures}
-            if name == "mixture":
-                problem = mixture(pictures)
-            else:
-                problem = shapes(options.model, pictures, options.guidance_scale)
-                weights = sorted((options.model / "unet").glob("*.safetensors"))
-                settings.update(model=[file_sha256(path) for path in weights], guidance_scale=options.guidance_scale)
-            bench = Bench(problem, reference_steps, options.cache, settings)
+            benches = []
+            for first, number in ((0, pictures), (pictures, 3 * pictures)):
+                settings: dict[str, object] = {"pictures": number}
+                if first:
+                    settings["first"] = first
+                if name == "mixture":
+                    problem = mixture(number, first)
+                else:
+                    problem = shapes(options.model, number, options.guidance_scale, first)
+                    weights = sorted((options.model / "unet").glob("*.safetensors"))
+                    hashes = [file_sha256(path) for path in weights]
+                    settings.update(model=hashes, guidance_scale=options.guidance_scale)
+                benches.append(Bench(problem, reference_steps, options.cache, settings))
+            bench, again = benches
             bench.run_theirs(budgets)
             bench.run_ours(budgets)
-            bench.run_fitted(budgets, best=FITTED[name])
+            bench.run_fitted([b for b in budgets if b <= FEW or name == "mixture"], best=FITTED[name])
             print("\n".join(verdict(bench.results)))
+            last = finals(bench, again, budgets)
+            print("\n" + final_table(last, 3 * pictures))
             if not options.no_docs and not options.quick:
-                plot(problem, bench.results, Path(str(PLOT).format(name)))
-                write_docs(name, problem.title, bench.results)
+                write_docs(bench.problem, bench.results, last, 3 * pictures, list(deterministic()))
 
 
 if __name__ == "__main__":

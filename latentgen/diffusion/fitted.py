@@ -114,7 +114,12 @@ def error_of(residual: Tensor) -> float:
     Between two things that a prompt can mean the flow divides. The few pictures that start at such a divide may end in
     either with any short schedule, and would outweigh all others in a plain mean.
     """
-    return float(residual.square().mean(dim=1).clamp(min=TINY).log().mean().mul(0.5).exp())
+    return float(errors_of(residual).log().mean().exp())
+
+
+def errors_of(residual: Tensor) -> Tensor:
+    """Root mean square of the residuals [b, d] of each picture. [b]."""
+    return residual.square().mean(dim=1).clamp(min=TINY).sqrt()
 
 
 def _candidates(n: int, parameterization: Parameterization) -> list[tuple[str, Tensor]]:
