@@ -75,7 +75,10 @@ def sample(
         ),
     ] = "dpmpp_2m",
     schedule: Annotated[
-        str | None, typer.Option(help="Noise levels to visit: karras, beta, sgm_uniform ...; default: the model's own.")
+        str | None,
+        typer.Option(
+            help='Noise levels to visit: karras, beta, "flow,shift=3", fitted ...; default: the model\'s own.'
+        ),
     ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: what the model was trained on.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: what the model was trained on.")] = None,

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from latentgen.core.errors import UserError
+from latentgen.diffusion import lookup
+from latentgen.diffusion.knobs import read, settable, split
 from latentgen.diffusion.noise_tables import NoiseTable
 from latentgen.diffusion.parameterization import X0, Eps, Flow, Parameterization, V
 
@@ -107,6 +110,16 @@ def flow(n: int, parameterization: Parameterization, *, shift: float = 1.0) -> T
     start = parameterization.sigma_max / shift
     t = start / (1 + start) * (1 - torch.arange(n, dtype=torch.float64) / n)
     return _finish(shift * t / (1 - t))
+
+
+def find_schedule(text: str) -> partial[Tensor]:
+    """The schedule a user asked for as NAME[,key=value]..., such as "karras,rho=5", with its knobs set.
+
+    Raises UserError for unknown names and knobs; values out of range are refused when it is called.
+    """
+    name, pairs = split(text)
+    make = lookup(SCHEDULES, name, "schedule", SCHEDULE_ALIASES)
+    return partial(make, **read(pairs, f"--schedule {text}", name, settable(make, supplied=("n",))))
 
 
 def beta_quantile(p: float, a: float, b: float) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from latentgen.diffusion.noise import student
 from latentgen.diffusion.parameterization import EDM, Denoiser, Flow
 from latentgen.diffusion.samplers import canonical, find_sampler, resolve
 from latentgen.diffusion.samplers.single import ddpm
-from latentgen.diffusion.schedules import SCHEDULES
+from latentgen.diffusion.schedules import find_schedule
 from latentgen.diffusion.variational import LogVariances
 from latentgen.formats.fitted_schedules import Fitted, find_fitted
 from latentgen.formats.model_folder import Model
@@ -50,7 +51,8 @@ class Request:
             "interval,low=0.3,high=6"; in any order.
         sampler: `NAME[,key=value]...`, a name of `diffusion.samplers` or what other tools call it, which may say the
             schedule too; such as "ddim,eta=0.5".
-        schedule: a name of `diffusion.schedules`, or "fitted"; None is what the model's process was made for.
+        schedule: a name of `diffusion.schedules` with its knobs, such as "karras,rho=5", or "fitted"; None is what the
+            model's process was made for.
         height, width: pixels, multiples of the autoencoder's factor.
     """
 
@@ -127,10 +129,11 @@ def _sigmas(request: Request, model: Model) -> Tensor:
     _, name = resolve(request.sampler, request.schedule)
     if name is None and find_sampler(request.sampler).own_steps:
         return torch.tensor([parameterization.sigma_max, parameterization.sigma_min, 0.0])
-    if name in (None, "flow") and isinstance(parameterization, Flow):
-        shift = float(model.schedule.get("shift", 1.0))
-        return SCHEDULES["flow"](request.num_inference_steps, parameterization, shift=shift)
-    return SCHEDULES[name or usual_schedule(parameterization)](request.num_inference_steps, parameterization)
+    flow = isinstance(parameterization, Flow)
+    make = find_schedule(request.schedule or name or ("flow" if flow else usual_schedule(parameterization)))
+    if name in (None, "flow") and flow:  # the model's own shift, unless the user set one
+        make = partial(make, **{"shift": float(model.schedule.get("shift", 1.0)), **make.keywords})
+    return make(request.num_inference_steps, parameterization)
 
 
 def _fitted(request: Request, model: Model) -> Fitted:
@@ -212,12 +215,14 @@ def prepare(model: Model, batch: Sequence[Request], weak: Model | None = None) -
 def parameters_line(request: Request, model_name: str, model_hash: str) -> str:
     """The text that image viewers and other tools read back: prompt, negative prompt, settings."""
     negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
-    # in quotation marks where there are commas, because other tools split at them
-    sampler = f'"{request.sampler}"' if "," in request.sampler else request.sampler
-    schedule = f"Schedule type: {request.schedule}, " if request.schedule is not None else ""
+
+    def whole(text: str) -> str:
+        return f'"{text}"' if "," in text else text  # because other tools split at commas
+
+    schedule = f"Schedule type: {whole(request.schedule)}, " if request.schedule is not None else ""
     settings = (
-        f"Steps: {request.num_inference_steps}, Sampler: {sampler}, {schedule}CFG scale: {request.guidance_scale:g}, "
-        f"Seed: {request.seed}, Size: {request.width}x{request.height}"
+        f"Steps: {request.num_inference_steps}, Sampler: {whole(request.sampler)}, {schedule}"
+        f"CFG scale: {request.guidance_scale:g}, Seed: {request.seed}, Size: {request.width}x{request.height}"
     )
     if request.guidance:
         settings += f', Guidance: "{"; ".join(request.guidance)}"'

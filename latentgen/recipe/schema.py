@@ -265,7 +265,7 @@ class Preview(Section):
     guidance_scale: float = Field(default=4.0, ge=0)
     guidance: tuple[str, ...] = Field(default=(), description="NAME[,key=value]... each, as --guidance takes them")
     sampler: str = Field(default="dpmpp_2m", description="NAME[,key=value]..., as --sampler takes it")
-    schedule: str | None = Field(default=None, description="noise levels to visit (null: the model's own)")
+    schedule: str | None = Field(default=None, description="as --schedule takes it (null: the model's own)")
 
 
 class Recipe(Section):

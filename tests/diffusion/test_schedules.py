@@ -16,6 +16,7 @@ from latentgen.diffusion.schedules import (
     beta,
     beta_quantile,
     exponential,
+    find_schedule,
     flow,
     karras,
     leading,
@@ -110,3 +111,21 @@ def test_beta_takes_more_steps_at_both_ends_than_even_times_do() -> None:
     assert gaps[0] < even_gaps[0] < gaps[9]
     assert gaps[-1] < even_gaps[-1]
     assert gaps.sum() > even_gaps.sum()
+
+
+def test_a_schedule_is_asked_for_with_its_knobs() -> None:
+    p = make("v")
+    torch.testing.assert_close(find_schedule("karras,rho=5")(8, p), karras(8, p, rho=5.0))
+    torch.testing.assert_close(find_schedule(" Flow_Shift , shift=3")(8, p), flow(8, p, shift=3.0))
+    torch.testing.assert_close(find_schedule("normal")(8, p), linspace(8, p))
+    for text, said in (
+        ("karras,roh=5", "did you mean 'rho'"),
+        ("karras,rho=five", "give a number"),
+        ("karras,n=5", "no 'n'"),
+        ("trailing,x=1", "nothing to set"),
+        ("karas", "karras"),
+    ):
+        with pytest.raises(UserError, match=said):
+            find_schedule(text)
+    with pytest.raises(UserError, match="rho"):
+        find_schedule("karras,rho=-1")(8, p)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from latentgen.core.errors import UserError
+from latentgen.diffusion.schedules import find_schedule
 from latentgen.formats.model_folder import Model
 from latentgen.models.text import encode_text
 from latentgen.pipelines import generate as module
@@ -225,19 +226,25 @@ def test_a_name_may_say_the_schedule(tiny: Model) -> None:
         check(ask(sampler="DPM++ 2M Karras", schedule="beta"), tiny)
 
 
+def test_a_schedule_takes_knobs(tiny: Model) -> None:
+    plain, same, other = generate(tiny, [ask(schedule=text) for text in ("karras", "karras,rho=7", "karras,rho=3")])
+    assert distance(plain, same) == 0
+    assert distance(plain, other) > 0
+    assert 'Schedule type: "karras,rho=3", ' in parameters_line(ask(schedule="karras,rho=3"), "run", "0" * 10)
+    with pytest.raises(UserError, match="did you mean 'rho'"):
+        check(ask(schedule="karras,roh=3"), tiny)
+
+
 def test_the_default_schedule_follows_the_process(
     tiny_builder: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
 
-    def spied(name: str, schedule: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def spy(*given: Any, **knobs: Any) -> torch.Tensor:
-            asked.append(name)
-            return schedule(*given, **knobs)
+    def spy(text: str) -> Any:
+        asked.append(text)
+        return find_schedule(text)
 
-        return spy
-
-    monkeypatch.setattr(module, "SCHEDULES", {name: spied(name, s) for name, s in module.SCHEDULES.items()})
+    monkeypatch.setattr(module, "find_schedule", spy)
     for prediction in ("v", "flow"):
         list(generate(tiny_builder(prediction), [ask()]))
         asked.append("|")

@@ -87,12 +87,13 @@ def resolve(sampler: str, schedule: str | None = None) -> tuple[str, str | None]
     """The registered names of a sampler and, if any was asked for, of a schedule.
 
     A sampler may be named as in other tools, and the name may say the schedule too: "DPM++ 2M Karras", "k_euler_a",
-    "sample_dpmpp_2m_sde", "EulerDiscreteScheduler". Knobs after the name are not looked at. Raises UserError for
+    "sample_dpmpp_2m_sde", "EulerDiscreteScheduler". Knobs after the names are not looked at. Raises UserError for
     unknown names, with the nearest valid one, and where the sampler's name and `schedule` ask for different schedules.
     """
     if schedule is not None:
+        schedule, _ = split(schedule)
         lookup(SCHEDULES, schedule, "schedule", SCHEDULE_ALIASES)
-        key = str(schedule).strip().lower()
+        key = schedule.lower()
         schedule = SCHEDULE_ALIASES.get(key, key)
     name, implied = _named(split(sampler)[0])
     if implied is not None and schedule is not None and implied != schedule:
