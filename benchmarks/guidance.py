@@ -39,7 +39,7 @@ from latentgen.pipelines.generate import Request, generate
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs" / "guidance.md"
 PLOT = ROOT / "docs" / "images" / "guidance.png"
-STEPS = (20, 14, 10, 8, 6)
+STEPS = (20, 14, 10)
 MARGIN = 0.02
 """A score is called equal to cfg's where the interval of the difference does not reach further below it."""
 
@@ -73,12 +73,7 @@ CURVES: dict[str, dict[str, Any]] = {
 
 OTHERS: dict[str, dict[str, Any]] = {
     "no guidance": {"guidance_scale": 1.0},
-    "interval to 3.5 + adaptive": {"guidance": ("interval,high=3.5", "adaptive")},
-    "rescale": {"guidance": ("rescale",)},
     "apg": {"guidance": ("apg",)},
-    "cfg_zero": {"guidance": ("cfg_zero",)},
-    "cfgpp": {"guidance": ("cfgpp",), "guidance_scale": 0.6, "sampler": "euler"},
-    "pag alone": {"guidance": ("pag,scale=1",), "guidance_scale": 1.0},
 }
 """Drawn with the first number of steps."""
 
