@@ -68,7 +68,7 @@ SAMPLE = {
     ),
     "sampler": (["a star", "--model", "MODEL", "--sampler", "magic"], ["magic", "euler"]),
     "sampler's knob": (["a star", "--model", "MODEL", "--sampler", "ddim,etta=1"], ["etta", "did you mean 'eta'"]),
-    "sampler's knob too large": (["a star", "--model", "MODEL", "--sampler", "ddim,eta=2"], ["eta", "between 0 and 1"]),
+    "sampler's knob too large": (["a star", "--model", "MODEL", "--sampler", "ddim,eta=2"], ["eta 2", "between 0"]),
     "schedule": (["a star", "--model", "MODEL", "--schedule", "magic"], ["magic"]),
     "dtype": (["a star", "--model", "MODEL", "--dtype", "fp7"], ["--dtype fp7", "bf16"]),
     "fp16 on the CPU": (["a star", "--model", "MODEL", "--dtype", "fp16", "--device", "cpu"], ["fp16"]),
