@@ -65,9 +65,9 @@ class Outcome:
 
 CURVES: dict[str, dict[str, Any]] = {
     "cfg": {},
-    "interval": {"guidance": ("interval",)},
+    "interval": {"guidance": ("interval,low=0.45,high=5.42",)},
     "adaptive": {"guidance": ("adaptive",)},
-    "interval + adaptive": {"guidance": ("interval", "adaptive")},
+    "interval + adaptive": {"guidance": ("interval,low=0.45,high=5.42", "adaptive")},
 }
 """Drawn with each number of steps of STEPS."""
 
@@ -80,13 +80,11 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 def methods(weak: Path | None) -> list[Method]:
     """What is measured, cfg with the most steps first; autoguidance only with a worse model."""
-    curves, others = dict(CURVES), dict(OTHERS)
+    curves = dict(CURVES)
     if weak is not None:
-        guide = f"autoguidance,model={weak}"
-        curves["autoguidance"] = {"guidance": (guide,), "guidance_scale": 2.0}
-        others["autoguidance, stronger"] = {"guidance": (guide,)}
+        curves["autoguidance"] = {"guidance": (f"autoguidance,model={weak}",), "guidance_scale": 2.0}
     found = [Method(name, steps, changes) for name, changes in curves.items() for steps in STEPS]
-    return [*found, *(Method(name, STEPS[0], changes) for name, changes in others.items())]
+    return [*found, *(Method(name, STEPS[0], changes) for name, changes in OTHERS.items())]
 
 
 def measure(model: Model, method: Method, prompts: Sequence[Prompt], pictures: int) -> Outcome:
