@@ -13,7 +13,7 @@ ends; what is shown is its geometric mean over the pictures. The flow is followe
 network knows, and from there in one step to 0, as every sampler here does. Schedulers of diffusers that stop at
 sigma_min (DEIS, SA-Solver) are compared with the flow at that level, which spares them the last step.
 
-The best of each side are then measured again on three times as many other pictures, so that what won by chance among
+The best of each side are then measured again on twice as many other pictures, so that what won by chance among
 many is not called best, with bootstrap intervals. Schedules are fitted to OTHER noise (and other prompts) than what is
 measured. Results are kept in --cache as they come, so an interrupted run goes on where it was, and runs with other
 --calls can go side by side.
@@ -260,7 +260,7 @@ def main() -> None:
         for name in options.problems:
             pictures = options.pictures or usual[name]
             benches = []
-            for first, number in ((0, pictures), (pictures, 3 * pictures)):
+            for first, number in ((0, pictures), (pictures, 2 * pictures)):
                 settings: dict[str, object] = {"pictures": number}
                 if first:
                     settings["first"] = first
@@ -278,9 +278,9 @@ def main() -> None:
             bench.run_fitted([b for b in budgets if b <= FEW or name == "mixture"], best=FITTED[name])
             print("\n".join(verdict(bench.results)))
             last = finals(bench, again, budgets)
-            print("\n" + final_table(last, 3 * pictures))
+            print("\n" + final_table(last, 2 * pictures))
             if not options.no_docs and not options.quick:
-                write_docs(bench.problem, bench.results, last, 3 * pictures, list(deterministic()))
+                write_docs(bench.problem, bench.results, last, 2 * pictures, list(deterministic()))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class _PillowState:
 
 _state = _PillowState()
 _messages = threading.local()
+_installing = threading.Lock()
 
 
 @contextmanager
@@ -56,7 +57,8 @@ def quiet_pillow() -> Iterator[list[str]]:
 
     Safe to use from several threads: each gets the messages of its own thread.
     """
-    _libtiff_handler()
+    with _installing:  # two threads at once would make two handlers, and libtiff call the one that is not kept
+        _libtiff_handler()
     heard: list[str] = []
     _messages.heard = heard
     _state.enter()
