@@ -38,7 +38,7 @@ text_encoder:
   image: {width: 8, layers: 1, heads: 2}
   train: {steps: 6, global_batch: 8}
 unet: {channels: [16, 16], layers_per_block: 1, heads: 2, norm_groups: 8}
-diffusion: {caption_dropout: 0.3, density: importance, balanced: true}
+diffusion: {caption_dropout: 0.3, density: importance}
 train: {steps: 6, global_batch: 8, warmup_steps: 2, log_every: 2, save_every: 3}
 preview: {every: 3, num: 1, num_inference_steps: 1, prompts: ["a red circle"]}
 """
