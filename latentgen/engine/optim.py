@@ -56,16 +56,18 @@ def build_optimizer(
     modules = list(modules)
     matrices = matrices_of(modules) if kind == "muon" else []
     taken = set(matrices)
-    rest = [p for module in modules for p in module.parameters() if p.requires_grad and p not in taken]
+    rest = [[p for p in module.parameters() if p.requires_grad and p not in taken] for module in modules]
+    # A group for each module: one may be cut over processes where another is not, and a fused kernel takes no mixture.
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        *({"params": [p for p in own if p.ndim > 1], "weight_decay": weight_decay} for own in rest),
+        *({"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0} for own in rest),
     ]
+    groups = [group for group in groups if group["params"]]
     if kind == "muon":
         return Muon(matrices, groups, lr=lr, betas=betas, weight_decay=weight_decay, dtype=dtype)
     if kind != "adamw":
         raise ValueError(f"train.optimizer: {kind!r} is not one of adamw, muon")
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -38,12 +38,11 @@ text_encoder:
   image: {width: 8, layers: 1, heads: 2}
   train: {steps: 6, global_batch: 8}
 unet: {channels: [16, 16], layers_per_block: 1, heads: 2, norm_groups: 8}
-diffusion: {caption_dropout: 0.3, density: importance}
+diffusion: {caption_dropout: 0.3}
 train: {steps: 6, global_batch: 8, warmup_steps: 2, log_every: 2, save_every: 3}
 preview: {every: 3, num: 1, num_inference_steps: 1, prompts: ["a red circle"]}
 """
-"""Trains all three networks in a second or two. An epoch is 3 steps, a checkpoint is written every 3. Noise levels
-follow what is learned along, which must then be the same in every process and after a restart."""
+"""Trains all three networks in a second or two. An epoch is 3 steps, a checkpoint is written every 3."""
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,20 @@ def test_two_processes_train_like_one(kind, mini, trained, measured, environment
     assert ("cut over 2 processes" in done.stderr) == (kind == "fsdp2")
 
 
+@pytest.mark.parametrize("learned", ["diffusion.density=importance", "diffusion.balanced=true"])
+def test_levels_learned_along_are_the_same_in_every_process(learned, programs, mini, measured, environment, tmp_path):
+    """What is learned is a small network that is never cut, beside one that is."""
+    alone = programs("train", "--config", mini(tmp_path / "one"), learned, cwd=tmp_path / "one")
+    assert alone.code == 0, alone.err
+    command = [*launch("fsdp2"), str(RECORDED), "--config", str(mini(tmp_path / "two")), "train.processes=2", learned]
+    env = {**environment, "DRAWS_FOLDER": str(tmp_path / "draws")}
+    done = subprocess.run(
+        command, cwd=tmp_path / "two", env=env, text=True, capture_output=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    same_losses(measured(tmp_path / "one/runs/mini"), measured(tmp_path / "two/runs/mini"), 1e-5)
+
+
 def test_micro_batches_train_like_the_whole_batch(programs, mini, trained, measured, tmp_path):
     words = ("train.micro_batch=4", "autoencoder.train.micro_batch=2")
     done = programs("train", "--config", mini(tmp_path), *words, cwd=tmp_path, draws=str(tmp_path / "draws"))
