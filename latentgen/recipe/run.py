@@ -266,4 +266,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def train_recipe(recipe: Recipe, root: Path, device: str | None = None) -> Path:
     """Train a recipe, or go on with it; returns the model folder. See `Run` for what it raises."""
     torch.set_flush_denormal(True)  # denormal weights and moments are many times slower on the CPU, and mean nothing
-    return Run(recipe, root, device).train()
+    run = Run(recipe, root, device)
+    model = run.train()
+    run.accelerator.end_training()  # leaves the process group: its threads, cut off at exit, may abort the process
+    return model

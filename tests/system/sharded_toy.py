@@ -138,6 +138,7 @@ def main(folder: Path, kind: str) -> None:
     accelerator.wait_for_everyone()
     for name in ("begun", "again"):
         toy_loop(folder / name, kind, accelerator, world.sharding).run()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
