@@ -33,12 +33,22 @@ class RunFolder:
         """Preview grids of one stage, one PNG a preview step."""
         return self.path / "samples" / stage
 
+    def ema(self, stage: str) -> Path:
+        """Snapshots of a stage's averages of `train.ema_lengths`."""
+        return self.path / "ema" / stage
+
     def checkpoints(self, stage: str) -> Path:
         return self.path / "checkpoints" / stage
 
     def result(self, stage: str) -> Path:
         """What a finished stage hands to the next: present only when the stage is done."""
         return self.path / "stages" / stage
+
+
+def newest_with_averages(root: Path, stage: str) -> Path | None:
+    """The run folder below `root` with the newest snapshots of a stage's averages, or None."""
+    found = [folder for folder in root.glob(f"*/ema/{stage}/*") if folder.is_dir()]
+    return max(found, key=lambda folder: (folder.stat().st_mtime_ns, str(folder))).parents[2] if found else None
 
 
 def newest_finished(root: Path) -> Path | None:

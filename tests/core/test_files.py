@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -36,6 +39,17 @@ def test_write_bytes_keeps_the_old_file_when_the_disk_fails(tmp_path: Path, monk
     with pytest.raises(OSError, match="No space"):
         write_bytes(tmp_path / "x", b"new")
     assert (tmp_path / "x").read_bytes() == b"old"
+
+
+def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name in (f"a/report.html.{gone.pid}.partial", f"b/report.html.{os.getpid()}.partial", "c/report.html"):
+        write_bytes(tmp_path / name, b"x")
+    (tmp_path / f"step.{gone.pid}.partial").mkdir()
+    files.clear_leftovers(tmp_path)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
+    assert left == [f"b/report.html.{os.getpid()}.partial", "c/report.html", f"step.{gone.pid}.partial"]
 
 
 def test_write_json_round_trips_in_order(tmp_path: Path) -> None:
@@ -121,3 +135,54 @@ def test_require_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == [tmp_path], "the nearest folder that exists"
     with pytest.raises(UserError, match=r"the cache needs 85 MiB at .*only 100 MiB are free"):
         require_free_space(tmp_path, 85 << 20, "the cache")
+
+
+def test_write_file_tells_the_hash_of_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [b"one", memoryview(bytes(range(256)) * 9), b""]
+    digest = files.write_file(tmp_path / "x", blocks)
+    content = (tmp_path / "x").read_bytes()
+    assert content == b"".join(blocks)
+    assert digest == hashlib.sha256(content).hexdigest()
+    plain = os.write
+    monkeypatch.setattr(os, "write", lambda handle, block: plain(handle, block[: max(1, len(block) // 2)]))
+    assert files.write_file(tmp_path / "y", blocks) == digest, "a disk may take less than it is given"
+    assert (tmp_path / "y").read_bytes() == content
+
+
+def test_read_file(tmp_path: Path) -> None:
+    for content in (b"", b"x", bytes(range(256)) * 40):
+        (tmp_path / "x").write_bytes(content)
+        assert files.read_file(tmp_path / "x").numpy().tobytes() == content
+    with pytest.raises(FileNotFoundError):
+        files.read_file(tmp_path / "absent")
+
+
+def test_a_folder_moved_away_comes_back(tmp_path: Path) -> None:
+    write_folder(tmp_path / "f", lambda aside: write_bytes(aside / "one", b"1"))
+    (tmp_path / "f").rename(tmp_path / "f.old.partial")  # killed between the two renames of a replacement
+    files.recover_folder(tmp_path / "f")
+    assert names(tmp_path) == ["f"]
+    (tmp_path / "f.old.partial").mkdir()  # killed after the second
+    files.recover_folder(tmp_path / "f")
+    assert names(tmp_path) == ["f"]
+    assert names(tmp_path / "f") == ["one"]
+
+
+def test_remove_folder_takes_the_name_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "f", lambda aside: write_bytes(aside / "one", b"1"))
+    (tmp_path / "f.partial").mkdir()  # of an earlier kill
+    seen: list[list[str]] = []
+    plain = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (seen.append(names(tmp_path)), plain(path)))
+    files.remove_folder(tmp_path / "f")
+    assert seen == [["f", "f.partial"], ["f.partial"]]
+    assert names(tmp_path) == []
+
+
+def test_an_error_of_the_disk_names_its_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space") as caught, files.naming(tmp_path / "log"):
+        os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+    assert caught.value.filename == str(tmp_path / "log")
+    with pytest.raises(FileNotFoundError) as missing, files.naming(tmp_path / "log"):
+        os.open(tmp_path / "other", os.O_RDONLY)
+    assert missing.value.filename == str(tmp_path / "other")
