@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from latentgen.engine import sharding
+from latentgen.engine.guard import lerp_unless
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -18,24 +20,37 @@ def decay_at(step: int, decay: float) -> float:
 class Ema:
     """An averaged copy of `module`, in its own type.
 
-    `averaged` is a module of the same class in eval mode, to be used as it is unless it has been cut.
+    `averaged` is a module of the same class in eval mode.
+
+    Args:
+        decay: the largest one of a classic average, or a function: optimizer step (from 0) -> share of the new weights.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.averaged = copy.deepcopy(module).eval().requires_grad_(False)
+    def __init__(self, module: nn.Module, decay: float | Callable[[int], float]) -> None:
+        self._share = decay if callable(decay) else lambda step: 1 - decay_at(step, decay)
+        self._average = copy.deepcopy(module).eval().requires_grad_(False)
+
+    @property
+    def averaged(self) -> nn.Module:
+        """To be used as it is unless it has been cut."""
+        return self._average
+
+    def on(self, device: torch.device) -> nn.Module:
+        """`averaged`, or a copy of it, to be used on this device."""
+        assert all(p.device.type == device.type for p in self._average.parameters())
+        return self.averaged
 
     def follow_sharded(self, module: nn.Module) -> None:
         """Begin anew from `module`, which was sharded meanwhile: cut like it, to be put together before use."""
-        self.averaged = sharding.rebuilt(self.averaged, [p.detach().clone() for p in module.parameters()])
+        self._average = sharding.rebuilt(self._average, [p.detach().clone() for p in module.parameters()])
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Move the average towards `module`'s weights after optimizer step `step`."""
-        mine, theirs = sharding.local(self.averaged), sharding.local(module)
-        torch._foreach_lerp_(mine, theirs, 1 - decay_at(step, self.decay))
-        for kept, new in zip(self.averaged.buffers(), module.buffers(), strict=True):
-            kept.copy_(new)
+    def update(self, module: nn.Module, step: int, skip: Tensor) -> None:
+        """Move the average towards `module`'s weights after optimizer step `step`, unless `skip` is 1."""
+        mine, theirs = sharding.local(self._average), sharding.local(module)
+        lerp_unless(skip, mine, theirs, self._share(step))
+        for kept, new in zip(self._average.buffers(), module.buffers(), strict=True):
+            kept.copy_(torch.where(skip > 0, kept, new))
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.averaged.state_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +20,15 @@ class Meter:
         """Add one observation (or a sum of `count`) without waiting for the device."""
         total, before = self._sums.get(name, (torch.zeros((), device=value.device), 0))
         self._sums[name] = (total + value.detach().float(), before + count)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Take back the count of one observation of each; it was added as zero."""
+        for name in names:
+            total, count = self._sums[name]
+            if count > 1:
+                self._sums[name] = (total, count - 1)
+            else:
+                del self._sums[name]
 
     def check(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over all processes since the last reading; waits for the device.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from latentgen.core.processes import rank_and_world
-from latentgen.engine.sharding import cut, whole
+from latentgen.engine.sharding import cut, here, whole
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """x -> a x + b x^3 + c x^5: five rounds take singular values from (0, 1] to about [0.7, 1.2] (Jordan 2024)."""
@@ -90,6 +90,10 @@ class Muon(torch.optim.AdamW):
         weight_decay: of the matrices.
         dtype: to turn matrices in. bfloat16 is as good to learn with, and what GPUs multiply fast; what float32 gives
             also does not depend on how a batch is cut.
+
+    Attributes:
+        found_inf: 0-d, as torch's fused AdamW takes it: where it is 1, a step leaves weights and moments as they are,
+            whatever the gradients, without waiting for the device. Not set is 0.
     """
 
     def __init__(
@@ -115,21 +119,25 @@ class Muon(torch.optim.AdamW):
         All processes must take it together: each turns its share of the matrices.
         """
         assert closure is None, "the loop computes gradients before the step"
+        skip: Tensor | None = getattr(self, "found_inf", None)  # set and deleted as torch's own optimizers know it
         for group in self.param_groups:
             if group["momentum"] is not None:
                 for some in portions([p for p in group["params"] if p.grad is not None]):
-                    self._turn(some, group)
+                    self._turn(some, group, skip)
         return super().step()
 
-    def _turn(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        matrices = [self._direction(parameter, group["momentum"]).flatten(1) for parameter in parameters]
+    def _turn(self, parameters: list[nn.Parameter], group: dict[str, Any], skip: Tensor | None) -> None:
+        matrices = [self._direction(parameter, group["momentum"], skip).flatten(1) for parameter in parameters]
         turned = shared(lambda matrix: orthogonalised(matrix, self.dtype), matrices)
         for parameter, matrix in zip(parameters, turned, strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            step = cut(matrix.view(parameter.shape), parameter)
-            parameter.add_(step, alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
+            step, own = here(cut(matrix.view(parameter.shape), parameter)), here(parameter)
+            decay, rate = 1 - group["lr"] * group["weight_decay"], group["lr"] * 0.2 * max(matrix.shape) ** 0.5
+            if skip is None:
+                own.mul_(decay).add_(step, alpha=-rate)
+            else:
+                own.copy_(torch.where(skip > 0, own, own.mul(decay).add_(step, alpha=-rate)))
 
-    def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+    def _direction(self, parameter: nn.Parameter, momentum: float, skip: Tensor | None) -> Tensor:
         """Take the gradient into the momentum; return Nesterov's look ahead, whole, also where the parameter is cut."""
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
@@ -137,7 +145,12 @@ class Muon(torch.optim.AdamW):
         if not state:
             state["momentum"] = torch.zeros_like(gradient)
             state["step"] = torch.zeros(())  # not counted here; AdamW looks for it in every state it loads
-        mean = state["momentum"].lerp_(gradient, 1 - momentum)
+        mean = state["momentum"]
+        if skip is None:
+            mean.lerp_(gradient, 1 - momentum)
+        else:
+            own = here(mean)
+            own.copy_(torch.where(skip > 0, own, own.lerp(here(gradient), 1 - momentum)))
         return whole(gradient.lerp(mean, momentum))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentgen.core.errors import UserError
 from latentgen.engine.muon import Muon, matrices_of
-from latentgen.engine.sharding import cut
+from latentgen.engine.sharding import cut, rows
 
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, steps: int, final: float = 0.0) -> float:
@@ -49,9 +51,12 @@ def build_optimizer(
     """The optimizer of these modules' trainable parameters; matrices decay, vectors do not.
 
     Args:
-        kind: "adamw", with the fused kernel (on the CPU a third of the default's time), or "muon" for the matrices of
-            layers and AdamW for the rest.
+        kind: "adamw", with the fused kernel (on the CPU a third of the default's time), "adamw8bit", or "muon" for the
+            matrices of layers and AdamW for the rest.
         dtype: that Muon turns matrices in.
+
+    Raises:
+        UserError: the library of "adamw8bit" is missing.
     """
     modules = list(modules)
     matrices = matrices_of(modules) if kind == "muon" else []
@@ -65,9 +70,23 @@ def build_optimizer(
     groups = [group for group in groups if group["params"]]
     if kind == "muon":
         return Muon(matrices, groups, lr=lr, betas=betas, weight_decay=weight_decay, dtype=dtype)
+    groups = [group for group in groups if group["params"]]
+    if kind == "adamw8bit":
+        return _adamw8bit(groups, lr, betas)
     if kind != "adamw":
-        raise ValueError(f"train.optimizer: {kind!r} is not one of adamw, muon")
+        raise ValueError(f"train.optimizer: {kind!r} is not one of adamw, adamw8bit, muon")
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def _adamw8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """AdamW with block-wise 8-bit moments (arXiv 2110.02861); its state is plain tensors, so checkpoints hold it."""
+    try:
+        library = importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise UserError(
+            "train.optimizer: adamw8bit needs bitsandbytes: pip install bitsandbytes, or choose adamw"
+        ) from error
+    return library.optim.AdamW8bit(groups, lr=lr, betas=betas)
 
 
 def flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -81,7 +100,8 @@ def flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `flatten`, with whole tensors, into an optimizer of the same parameters; they may be cut.
+    """Inverse of `flatten` into an optimizer of the same parameters, which may be cut: of tensors that are whole or
+    this process's parts.
 
     Each moment gets its parameter's memory layout back: the fused kernel walks both by address.
     """
@@ -90,7 +110,11 @@ def unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> N
     for name, value in tensors.items():
         number, key = name.split(".", 1)
         parameter = parameters[int(number)]
-        if value.shape == parameter.shape:
+        own = rows(parameter)
+        part = None if own is None else (len(own), *parameter.shape[1:])
+        if value.shape in (parameter.shape, part):
             value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(cut(value, parameter))
+        else:
+            value = value.clone()  # optimizers count in place, and would count in the tensors given
         state.setdefault(int(number), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

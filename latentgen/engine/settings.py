@@ -10,7 +10,11 @@ from latentgen.engine.optim import learning_rate
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How a stage is trained; the fields are those of the recipe's `train` section."""
+    """How a stage is trained; the fields are those of the recipe's `train` section, and of `preview`.
+
+    Args:
+        fit_micro_batch: find how many examples fit into memory at once, and lower it when it runs out.
+    """
 
     steps: int
     optimizer: str
@@ -27,6 +31,21 @@ class LoopSettings:
     save_every: int
     keep_last: int
     preview_every: int
+    fit_micro_batch: bool = False
+    trackers: tuple[str, ...] = ()
+    bad_steps: int = 10
+    spikes: float | None = 20.0
+    rollback_every: int | None = None
+    keep_every: int | None = None
+    keep_best: int = 0
+    ema_lengths: tuple[float, ...] = ()
+    ema_snapshots: int | None = None
+    ema_precision: str = "fp16"
+    ema_device: str | None = None
+
+    def snapshot_every(self) -> int:
+        """Steps between two snapshots of the averages of `ema_lengths`: a twentieth of the run unless it is said."""
+        return self.ema_snapshots or max(1, self.steps // 20)
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step `step` (from 0)."""
@@ -48,3 +67,4 @@ class StagePaths:
     samples: Path
     metrics: Path
     tensorboard: Path
+    ema: Path | None = None

@@ -2,7 +2,7 @@
 
 Every process keeps its rows of each parameter, gradient, moment and average; a group of layers is put together while
 it computes. accelerate's own FSDP2 is not asked: it takes one network only, and on the CPU it is silently DDP.
-Whoever calls `whole`, `gather` or `assemble` must do so in all processes at once.
+Whoever calls `whole` or `assemble` must do so in all processes at once.
 """
 
 from __future__ import annotations
@@ -78,18 +78,40 @@ def _mean(gradient: Tensor) -> Tensor:
     return total / distributed.get_world_size()
 
 
+def here(value: Tensor) -> Tensor:
+    """This process's part of a tensor; one that is not cut, as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def local(network: nn.Module) -> list[Tensor]:
     """This process's part of each parameter."""
     if isinstance(network, FSDPModule):
         network.reshard()  # after a forward pass without a backward one the outermost group is still whole
-    return [p.to_local() if isinstance(p, DTensor) else p for p in network.parameters()]
+    return [here(p) for p in network.parameters()]
 
 
 def cut(value: Tensor, like: Tensor) -> Tensor:
-    """This process's part of the whole `value`, if `like` is cut; else `value`."""
+    """This process's part, cut like `like`, of a `value` that is whole or is just that part; uncut if `like` is."""
     if not isinstance(like, DTensor):
         return value
-    return distribute_tensor(value.detach(), like.device_mesh, like.placements, src_data_rank=None)
+    if value.shape == like.shape:
+        return distribute_tensor(value.detach(), like.device_mesh, like.placements, src_data_rank=None)
+    here = value.detach().to(like.device)
+    return DTensor.from_local(
+        here, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def rows(value: Tensor) -> range | None:
+    """Which rows of the whole tensor this process has; None when it has all."""
+    if not isinstance(value, DTensor):
+        return None
+    total, mesh = value.shape[0], value.device_mesh
+    share = -(-total // mesh.size())
+    start = min(mesh.get_local_rank() * share, total)
+    found = range(start, min(start + share, total))
+    assert len(found) == value.to_local().shape[0], "rows are cut as torch.chunk does"
+    return found
 
 
 @torch.no_grad()
@@ -109,7 +131,7 @@ def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """`load_state_dict` of whole tensors, which every process has, into a module that may be cut."""
+    """`load_state_dict`, into a module that may be cut, of tensors that are whole or this process's parts."""
     own = module.state_dict()
     module.load_state_dict({name: cut(value, own[name]) if name in own else value for name, value in state.items()})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,14 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file
+from accelerate.utils import InitProcessGroupKwargs
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from latentgen.core.errors import UserError
+from latentgen.engine.agreement import LONGEST_WAIT
 from latentgen.engine.sharding import Sharding
 
 logger = logging.getLogger(__name__)
@@ -128,6 +134,35 @@ def check_wrapping(environment: Mapping[str, str], precision: str) -> None:
         raise UserError("train.precision: fp16 cannot be trained with FSDP; use bf16 or fp32")
 
 
+def check_found(modules: Mapping[str, nn.Module], cut: Collection[str], processes: int) -> None:
+    """Raise `UserError` unless every trained network is wrapped as asked for.
+
+    Libraries leave a network alone where they cannot wrap it, without a word: each process would train its own.
+
+    Args:
+        modules: the networks as they are called.
+        cut: names of those that FSDP2 was asked to cut; the others are to be under DDP.
+        processes: how many there are; one needs no wrapping.
+    """
+    for name, module in modules.items():
+        if name in cut:
+            parts = [p for p in module.parameters() if p.ndim > 0]
+            here = sum(p.to_local().numel() for p in parts if isinstance(p, DTensor))
+            whole = [p for p in parts if not isinstance(p, DTensor) or p.device_mesh.size() != processes]
+            most = sum(-(-p.shape[0] // processes) * p.shape[1:].numel() for p in parts)
+            found = isinstance(module, FSDPModule) and not whole and here <= most
+            asked = f"FSDP2, cut over {processes} processes"
+        else:
+            trained = any(p.requires_grad for p in module.parameters())
+            found = processes == 1 or not trained or isinstance(module, DistributedDataParallel)
+            asked = f"DDP over {processes} processes"
+        if not found:
+            raise UserError(
+                f"{asked} was asked for, but the network {name} is a plain {type(module).__name__}: nothing was "
+                "trained; use a launcher file of configs/accelerate"
+            )
+
+
 def sharding_asked(environment: Mapping[str, str]) -> Sharding | None:
     """What the launcher says of FSDP2, when it asks for it."""
     if not asks(environment, FSDP):
@@ -166,7 +201,11 @@ def make_world(precision: str, processes: int | None = None, device: str | None 
     cpu = device == "cpu" or not torch.accelerator.is_available()
     if cpu and precision == "fp16":
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
-    accelerator = Accelerator(cpu=cpu, mixed_precision={"fp32": "no"}.get(precision, precision))
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+    )
     asked = processes_asked(launcher, os.environ, Path(default_config_file))
     check_world(accelerator.num_processes, asked, processes)
     if sharding is not None:

@@ -26,7 +26,7 @@ def test_update_is_the_plain_loop() -> None:
             for p in net.parameters():
                 p += torch.randn(p.shape)
         net(torch.randn(4, 2, 4, 4))  # moves the statistics
-        ema.update(net, step)
+        ema.update(net, step, torch.zeros(()))
         d = decay_at(step, 0.6)
         expected = {name: d * expected[name] + (1 - d) * p.detach() for name, p in net.named_parameters()}
     for name, p in ema.averaged.named_parameters():

@@ -12,35 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+import toy_settings
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latentgen.core.errors import Interrupted
+from latentgen.core.errors import Interrupted, UserError
+from latentgen.core.files import write_file
 from latentgen.core.rand import Draw
 from latentgen.data.loader import Cut, Loader
-from latentgen.engine.checkpoint import Checkpoint, load_newest, save_checkpoint, steps_in
+from latentgen.engine import checkpoint as checkpoints
+from latentgen.engine.checkpoint import Checkpoint, load_newest, steps_in
 from latentgen.engine.loop import Loop
-from latentgen.engine.settings import LoopSettings, StagePaths
+from latentgen.engine.settings import StagePaths
 from latentgen.engine.task import Phase
 
 STEPS, BATCH = 7, 8
-SETTINGS = LoopSettings(
-    optimizer="adamw",
-    steps=STEPS,
-    learning_rate=0.05,
-    schedule="cosine",
-    warmup_steps=2,
-    final_learning_rate=0.0,
-    weight_decay=0.1,
-    beta1=0.9,
-    beta2=0.99,
-    grad_clip=0.5,
-    ema_decay=0.8,
-    log_every=3,
-    save_every=1000,
-    keep_last=2,
-    preview_every=4,
-)
+SETTINGS = replace(toy_settings.SETTINGS, steps=STEPS, schedule="cosine", log_every=3, keep_last=2, preview_every=4)
 
 
 def fetch(draw: Draw) -> dict[str, Tensor]:
@@ -143,8 +130,53 @@ def reference(tmp_path_factory: pytest.TempPathFactory, accelerator: Accelerator
 
 def test_the_whole_state_is_in_the_checkpoint(reference: Path) -> None:
     groups = finished(reference).tensors
-    assert set(groups) == {"weights-net", "weights-critic", "ema-net", "optimizer-net", "optimizer-critic", "meter"}
+    own = {"weights-net", "weights-critic", "ema-net", "optimizer-net", "optimizer-critic"}
+    assert set(groups) == {*own, "meter", "spikes"}
     assert {name.split(".")[1] for name in groups["optimizer-net"]} == {"exp_avg", "exp_avg_sq", "step"}
+
+
+LENGTHS = replace(SETTINGS, ema_lengths=(0.05, 0.2), ema_snapshots=2)
+
+
+def with_snapshots(folder: Path) -> StagePaths:
+    return replace(paths(folder), ema=folder / "e")
+
+
+def test_averages_of_several_lengths_are_in_the_checkpoint_and_their_snapshots_beside_it(
+    tmp_path: Path, accelerator: Accelerator
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    Loop(Toy(0.3), loader(4), LENGTHS, accelerator, with_snapshots(whole)).run()
+    groups = finished(whole).tensors
+    assert {"ema-net", "ema-net-0.05", "ema-net-0.2"} <= set(groups)
+    assert not torch.equal(groups["ema-net-0.05"]["3.weight"], groups["ema-net-0.2"]["3.weight"])
+    assert steps_in(whole / "e") == [2, 4, 6, 7]
+    for at in (3, 5):
+        with pytest.raises(Interrupted):
+            Loop(Toy(0.3), Dying(loader(4), at, ask=True), LENGTHS, accelerator, with_snapshots(stopped)).run()
+    Loop(Toy(0.3), loader(4), LENGTHS, accelerator, with_snapshots(stopped)).run()
+    assert identical(finished(stopped), finished(whole)) == []
+    for step in (2, 4, 6, 7):
+        for name in ("net-0.05.safetensors", "net-0.2.safetensors", "state.json"):
+            path = Path("e", f"{step:08d}", name)
+            assert (stopped / path).read_bytes() == (whole / path).read_bytes()
+
+
+def test_they_change_nothing_else(tmp_path: Path, reference: Path, accelerator: Accelerator) -> None:
+    Loop(Toy(0.3), loader(4), LENGTHS, accelerator, with_snapshots(tmp_path)).run()
+    added = [name for name in identical(finished(tmp_path), finished(reference)) if not name.startswith("ema-net-")]
+    assert added == []
+    assert lines(tmp_path) == lines(reference)
+
+
+def test_a_bad_state_is_not_kept_as_a_snapshot(tmp_path: Path, accelerator: Accelerator) -> None:
+    loop = Loop(Toy(), loader(), LENGTHS, accelerator, with_snapshots(tmp_path))
+    (average, _) = loop.trained.lengths.averages.values()
+    with torch.no_grad():
+        average.averaged.get_parameter("0.weight")[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"the snapshot of step 2 is refused: .*0\.weight not finite"):
+        loop.run()
+    assert steps_in(tmp_path / "e") == []
 
 
 @pytest.mark.parametrize("at", range(STEPS))
@@ -247,38 +279,54 @@ def test_gradients_are_clipped(tmp_path: Path, accelerator: Accelerator) -> None
     task = Toy()
     loop = Loop(task, loader(), replace(SETTINGS, grad_clip=1e-3), accelerator, paths(tmp_path))
     _, parts = next(iter(loader().iterate(0)))
-    loop._step(0, parts)
-    norm = torch.stack([p.grad.norm() for p in loop.plain["net"].parameters() if p.grad is not None]).norm()
+    loop.step(0, parts)
+    norm = torch.stack([p.grad.norm() for p in loop.trained.plain["net"].parameters() if p.grad is not None]).norm()
     assert float(norm) == pytest.approx(1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("settings", [replace(SETTINGS, save_every=2), replace(SETTINGS, log_every=1)])
-def test_a_loss_that_is_not_finite_ends_the_run_unsaved(
-    settings: LoopSettings, tmp_path: Path, accelerator: Accelerator
-) -> None:
-    loop = Loop(Toy(bad_step=3), loader(), settings, accelerator, paths(tmp_path))
-    with pytest.raises(FloatingPointError, match="loss"):
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named(tmp_path: Path, accelerator: Accelerator) -> None:
+    loop = Loop(Toy(bad_step=3), loader(4), SETTINGS, accelerator, paths(tmp_path))
+    seen = {}
+    plain = loop.step
+
+    def step(number: int, parts: Any) -> None:
+        before = {k: v.clone() for k, v in flat(loop.state.snapshot(0)).items() if not k.startswith("meter/")}
+        plain(number, parts)
+        after = flat(loop.state.snapshot(0))
+        seen[number] = [name for name, value in before.items() if not torch.equal(value, after[name])]
+
+    loop.step = step  # type: ignore[method-assign]
+    loop.run()
+    assert seen[3] == ["spikes/in_row"]
+    assert all(seen[number] for number in range(STEPS) if number != 3)
+    assert all(bool(value.isfinite().all()) for value in flat(finished(tmp_path)).values())
+    (note,) = [line for line in lines(tmp_path) if line["kind"] == "guard"]
+    named = [index for draw, _ in dict(loader(4).iterate(0))[3] for index in draw.indices]
+    assert (note["step"], note["what"], note["phase"], note["examples"]) == (4, "loss", "net", named)
+
+
+def test_too_many_in_a_row_end_the_run_with_nothing_bad_saved(tmp_path: Path, accelerator: Accelerator) -> None:
+    task = Toy()
+    loop = Loop(task, loader(), replace(SETTINGS, bad_steps=3, save_every=2), accelerator, paths(tmp_path))
+    with torch.no_grad():
+        loop.trained.plain["net"][3].weight[0, 0] = float("nan")  # type: ignore[index]
+    with pytest.raises(FloatingPointError, match=r"not\s+finite|refused"):
         loop.run()
-    assert steps_in(tmp_path / "c") in ([2], [])
-    kept = load_newest(tmp_path / "c")
-    if kept is not None:
-        assert all(bool(value.isfinite().all()) for value in flat(kept).values())
+    assert steps_in(tmp_path / "c") == []
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(
     tmp_path: Path, accelerator: Accelerator, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentgen.engine import loop as module
-
-    def full(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
-        if checkpoint.step == 4:
+    def full(path: Path, blocks: Any) -> str:
+        if "00000004" in str(path):
             raise OSError(28, "No space left on device")
-        return save_checkpoint(folder, checkpoint, keep_last)
+        return write_file(path, blocks)
 
     settings = replace(SETTINGS, save_every=2)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_checkpoint", full)
-        with pytest.raises(OSError, match="No space"):
+        patch.setattr(checkpoints, "write_file", full)
+        with pytest.raises(UserError, match=r"of step 4 could not be written: No space left .* step 2 is untouched"):
             Loop(Toy(0.3), loader(4), settings, accelerator, paths(tmp_path)).run()
     assert steps_in(tmp_path / "c") == [2]
     Loop(Toy(0.3), loader(4), settings, accelerator, paths(tmp_path)).run()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from latentgen.core.errors import Interrupted
 from latentgen.engine import stop as stop_module
 from latentgen.engine.meter import Meter
 from latentgen.engine.stop import StopRequest
@@ -75,7 +78,7 @@ def test_resuming_drops_the_lines_that_come_again(tmp_path: Path) -> None:
             log.log(step, "preview", {"psnr": float(step)})
     with open(metrics, "a") as file:
         file.write('{"stage": "unet", "kind": "tr')  # a kill in the middle of a line
-    with Trackers(metrics, board, stage="unet", start_step=4) as log:
+    with Trackers(metrics, board, stage="unet", start_step=4, names=["tensorboard"]) as log:
         log.log(4, "preview", {"psnr": 40.0})
         log.log(6, "train", {"loss": 60.0})
     assert [
@@ -103,30 +106,72 @@ def test_what_is_not_finite_stays_json(tmp_path: Path) -> None:
     assert lines(tmp_path / "m.jsonl")[0]["psnr"] == "inf"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_is_undone_on_leaving(number: signal.Signals) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(stop_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+@pytest.mark.parametrize("number", StopRequest.signals)
+def test_a_signal_raises_at_once_where_nothing_is_to_be_saved(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with StopRequest() as stop:
+    with pytest.raises(Interrupted, match="the same command continues"), StopRequest() as stop:  # noqa: PT012
+        with stop:
+            pass
+        deliver(number)
+    assert stop.asked
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", StopRequest.signals)
+def test_a_signal_only_asks_where_it_is_postponed(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop, stop.postponed():
         assert not stop.asked
         deliver(number)
         assert stop.asked
     assert signal.getsignal(number) is before
 
 
-def test_a_second_signal_acts_at_once_unless_it_is_an_echo(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(stop_module, "time", SimpleNamespace(monotonic=lambda: now))
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background jobs ignore it
-    try:
-        with pytest.raises(KeyboardInterrupt), StopRequest() as stop:  # noqa: PT012
-            deliver(signal.SIGINT)
-            assert stop.asked
-            now += stop_module.ECHO / 2
-            deliver(signal.SIGINT)  # the launcher passes on what the terminal sent already
-            now += stop_module.ECHO
-            deliver(signal.SIGINT)
-            pytest.fail("the second request was not obeyed")
-        assert now == 100 + 1.5 * stop_module.ECHO
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, inherited)
+@pytest.mark.parametrize("number", StopRequest.signals)
+def test_a_second_signal_acts_at_once_unless_it_is_an_echo(number: signal.Signals, clock: SimpleNamespace) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop, stop.postponed():
+        deliver(signal.SIGINT)
+        clock.now += stop_module.ECHO / 2
+        deliver(number)  # the launcher passes on what the terminal sent already
+        clock.now += stop_module.ECHO
+        with pytest.raises(KeyboardInterrupt) as caught:
+            deliver(number)
+        assert not isinstance(caught.value, Interrupted), "which would mean that all is saved"
+        assert signal.getsignal(number) is before, "and a third one does what it does elsewhere"
+
+
+def test_a_signal_here_after_one_at_another_process_is_the_first(clock: SimpleNamespace) -> None:
+    with StopRequest() as stop, stop.postponed():
+        stop.ask()
+        assert stop.asked
+        clock.now += 10
+        deliver(signal.SIGTERM)
+
+
+def test_a_late_signal_does_not_disturb_who_is_leaving(clock: SimpleNamespace) -> None:
+    with pytest.raises(Interrupted, match="saved"), StopRequest() as stop:  # noqa: PT012
+        try:
+            with stop.postponed():
+                stop.asked = True  # all processes have agreed on it
+                raise Interrupted("saved")
+        finally:
+            stop.ask()
+            deliver(signal.SIGTERM)
+            clock.now += stop_module.ECHO / 2
+            deliver(signal.SIGTERM)
+
+
+def test_a_signal_at_another_process_raises_here_too() -> None:
+    with pytest.raises(Interrupted), StopRequest() as stop:  # noqa: PT012
+        threading.Thread(target=stop.ask).start()
+        for _ in range(1000):
+            time.sleep(0.01)
+        pytest.fail("nothing came")

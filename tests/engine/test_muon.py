@@ -176,5 +176,33 @@ def test_a_parameter_without_gradient_stays() -> None:
 
 def test_the_kinds() -> None:
     assert isinstance(make(Net()), Muon)
-    with pytest.raises(ValueError, match="'lion' is not one of adamw, muon"):
+    with pytest.raises(ValueError, match="'lion' is not one of adamw, adamw8bit, muon"):
         make(Net(), "lion")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_that_is_told_to_stay_changes_nothing_whatever_the_gradient(first: bool) -> None:
+    """As on a GPU, where nobody reads whether it is to stay; and the next step is the one there would have been."""
+    torch.manual_seed(0)
+    net = Net()
+    plain = copy.deepcopy(net)
+    optimizer, other = make(net), make(plain)
+    if not first:
+        for one, its in ((net, optimizer), (plain, other)):
+            gradients(one, 0)
+            its.step()
+    for number, skip in ((1, 1.0), (2, 0.0), (3, 1.0)):
+        gradients(net, number)
+        if skip:
+            for p in net.parameters():
+                assert p.grad is not None
+                p.grad[(0,) * p.ndim] = float("nan")
+        optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(skip)  # type: ignore[attr-defined]
+        optimizer.step()
+        if not skip:
+            gradients(plain, number)
+            other.step()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters(), strict=True))
+    mine, its = flatten(optimizer), flatten(other)
+    assert mine.keys() == its.keys()
+    assert all(torch.equal(value, its[name]) for name, value in mine.items())

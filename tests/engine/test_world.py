@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import distributed, nn
 
 from latentgen.core.errors import UserError
 from latentgen.engine import world
-from latentgen.engine.sharding import Sharding
+from latentgen.engine.sharding import Sharding, shard
 from latentgen.engine.world import (
+    check_found,
     check_precision,
     check_world,
     check_wrapping,
@@ -160,6 +163,30 @@ def test_what_the_launcher_says_of_sharding(caplog: pytest.LogCaptureFixture) ->
     assert not caplog.records
     assert sharding_asked({**FSDP2, "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}) == Sharding()
     assert "NO_WRAP is ignored" in caplog.text
+
+
+def test_a_network_that_is_not_wrapped_as_asked_is_refused() -> None:
+    net, frozen = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
+    check_found({"net": net}, (), 1)
+    check_found({"frozen": frozen}, (), 2)
+    with pytest.raises(UserError, match=r"DDP over 2 processes was asked for, but the network net is a plain Linear"):
+        check_found({"net": net}, (), 2)
+    with pytest.raises(UserError, match=r"FSDP2, cut over 2 processes was asked for, but the network net is a plain"):
+        check_found({"net": net}, ("net",), 2)
+
+
+def test_a_network_cut_over_fewer_processes_is_refused(tmp_path: Path) -> None:
+    distributed.init_process_group(
+        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        net = nn.Linear(3, 2)
+        shard(net, Sharding(), torch.device("cpu"))
+        check_found({"net": net}, ("net",), 1)
+        with pytest.raises(UserError, match="FSDP2, cut over 2 processes was asked for"):
+            check_found({"net": net}, ("net",), 2)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_one_process_has_nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
