@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from latentgen.core.files import fsync_folder, require_free_space, write_json
+from latentgen.core.files import clear_leftovers, fsync_folder, require_free_space, write_json
+from latentgen.core.lock import FolderLock
 from latentgen.core.log import progress
 
 logger = logging.getLogger(__name__)
@@ -57,20 +58,37 @@ class ArrayCache:
         """The values `[rows, *shape]`, float16, memory-mapped and read-only."""
         return np.load(self.values, mmap_mode="r")
 
-    def fill(self, compute: Callable[[range], NDArray[np.float16]], *, rank: int, world: int, chunk: int = 256) -> None:
+    def fill(
+        self,
+        compute: Callable[[range], NDArray[np.float16]],
+        *,
+        rank: int,
+        world: int,
+        chunk: int = 256,
+        alive: Callable[[], object] = lambda: None,
+    ) -> None:
         """Compute what is missing; returns when all processes have done their share.
 
         Args:
             compute: rows -> values `[len(rows), *shape]`.
             rank, world: process `rank` of `world` computes every world-th chunk.
+            alive: called all the while that another run fills it.
         """
         if self.complete():
             logger.info("%s: reused (%s)", self.what, self.folder)
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if rank > 0:
+            self._fill(compute, rank, world, chunk)
+            return
+        with FolderLock(self.folder, f"the cache of {self.what}") as lock:
+            lock.wait(alive=alive)  # of two runs that need it, one fills it, and the other has it then
+            if not self.complete():
+                self._fill(compute, rank, world, chunk)
+
+    def _fill(self, compute: Callable[[range], NDArray[np.float16]], rank: int, world: int, chunk: int) -> None:
         if rank == 0:
             self._allocate()
-        self._wait(lambda: self.values.is_file())
+        self._wait(self.values.is_file)
         (self.folder / "done").mkdir(exist_ok=True)
         chunks = [range(at, min(at + chunk, self.rows)) for at in range(0, self.rows, chunk)]
         mine = [part for part in chunks[rank::world] if not self._marker(part).is_file()]
@@ -93,20 +111,16 @@ class ArrayCache:
         return self.folder / "done" / f"{part.start}-{part.stop}"
 
     def _allocate(self) -> None:
-        """Make the file; a leftover of the right form from an interrupted run, or another run's, is continued."""
+        """Make the file; a leftover of the right form from an interrupted run is continued."""
         if self.values.is_file():
             return
+        clear_leftovers(self.folder)
         require_free_space(self.folder, self.bytes, f"the cache of {self.what}")
         aside = self.folder / f"values.{os.getpid()}.partial"
         array = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float16, shape=(self.rows, *self.shape))
         array.flush()
         del array
-        try:
-            os.link(aside, self.values)
-        except FileExistsError:
-            logger.info("%s: another run has begun the same cache; both fill it", self.what)
-        finally:
-            aside.unlink()
+        aside.rename(self.values)
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         """Wait on the disk, not in a collective call that would time out while another process is still computing."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +85,17 @@ class _MicroBatches(Dataset[tuple[Draw, Batch]]):
             return draw, error
 
 
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Who asks a whole process group to stop wants the step finished, for which the main process needs its workers.
+
+    It ends them itself; with SIGTERM where they do not heed it, which therefore counts the second time.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.name != "nt":
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 @dataclass(frozen=True)
 class Loader:
     """The data of one stage.
@@ -112,6 +125,7 @@ class Loader:
             sampler=range(start * parts, len(items)),
             num_workers=self.workers,
             prefetch_factor=2 if self.workers else None,
+            worker_init_fn=_leave_signals_to_the_main_process,
         )
         pending: list[tuple[Draw, Batch]] = []
         for draw, batch in loader:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +103,33 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypa
     with pytest.raises(UserError, match="the cache of things needs"):
         cache(tmp_path).fill(Compute(), rank=0, world=1)
     assert names(tmp_path) == []
+
+
+def test_of_two_runs_that_need_it_one_fills_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    begun, go_on, first, second = threading.Event(), threading.Event(), Compute(), Compute()
+
+    def slow(rows: range) -> NDArray[np.float16]:
+        begun.set()
+        assert go_on.wait(timeout=60)
+        return first(rows)
+
+    def fill(compute: Callable[[range], NDArray[np.float16]]) -> threading.Thread:
+        thread = threading.Thread(target=cache(tmp_path).fill, args=(compute,), kwargs={"rank": 0, "world": 1})
+        thread.start()
+        return thread
+
+    with caplog.at_level(logging.INFO):
+        one = fill(slow)
+        assert begun.wait(timeout=60)
+        two = fill(second)
+        while "the cache of things is in use by process" not in caplog.text:
+            time.sleep(0.001)
+        go_on.set()
+        for thread in (one, two):
+            thread.join()
+    assert second.asked == []
+    assert np.array_equal(cache(tmp_path).open(), expected())
+    assert names(tmp_path) == ["cache.json", "done", "values.npy"]
 
 
 def test_its_size_is_that_of_the_values(tmp_path: Path) -> None:

@@ -97,6 +97,11 @@ class FolderSource:
         examples = [[digest, *captions] for digest, captions in zip(self._digests, self._captions, strict=True)]
         return content_key("folder", VERSION, self.resolution, self.crop, examples)
 
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """SHA-256 of every picture's file."""
+        return tuple(self._digests)
+
     def image(self, index: int) -> np.ndarray:
         """Picture `index`, uint8 [resolution, resolution, 3], sRGB, upright, transparency on white."""
         path = self.folder / self._names[self._number(index)]
