@@ -25,6 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from latentgen import __version__
 from latentgen.core.errors import UserError
 from latentgen.core.files import write_folder, write_json
+from latentgen.core.tensors import require_finite
 from latentgen.diffusion.parameterization import Parameterization
 from latentgen.formats.folder_check import check_folder, read_json
 from latentgen.formats.scheduler import library_of, parameterization, read_schedule, scheduler_config
@@ -82,15 +83,20 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None, *, 
 
     Raises:
         UserError: `folder` exists and holds something else, or other tools know no such prediction.
+        FloatingPointError: a weight is not finite, or would not be in `dtype`; nothing is written.
     """
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file()):
         raise UserError(f"{folder} exists and is not a model folder: it is left as it is; choose another name")
     scheduler = scheduler_config(model.prediction, model.schedule, model.learned_variance)
+    networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
+    for name, network in (networks | ({"clip": clip} if clip is not None else {})).items():
+        stored = network.state_dict() if name == "clip" else _stored(network, dtype)
+        require_finite({f"{name}/{key}": value for key, value in stored.items()}, f"the model folder {folder}")
 
     def fill(target: Path) -> None:
         with quiet_libraries():
-            for name, network in (("unet", model.unet), ("vae", model.vae), ("text_encoder", model.text_encoder)):
+            for name, network in networks.items():
                 _cast(network, dtype).save_pretrained(target / name, safe_serialization=True)
             _open_in_float32(target / "text_encoder" / "config.json")
             model.tokenizer.save_pretrained(target / "tokenizer")
@@ -112,6 +118,14 @@ def _open_in_float32(config: Path) -> None:
     stored in half precision would come up with two types, and fail at the first attention to the text.
     """
     write_json(config, {**read_json(config), "dtype": "float32"})
+
+
+def _stored(network: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The weights as they will be in the file: those that are too large for `dtype` are infinite there."""
+    state = network.state_dict()
+    if dtype is None:
+        return state
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
 
 
 def _cast(network: Any, dtype: torch.dtype | None) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.checkpoint import checkpoint
 
 from latentgen.core.errors import UserError
 
@@ -158,6 +160,19 @@ def attention_kernel(
         raise UserError(f'attention kernel "{kind}" is unknown; use auto, {", ".join(KERNELS)}')
     with sdpa_kernel(KERNELS[kind]):
         yield
+
+
+def checkpoint_activations(unet: UNet2DConditionModel, kind: str, *, dtype: torch.dtype) -> None:
+    """Keep only the inputs of the network's blocks in training, and compute the rest again in the backward pass.
+
+    Args:
+        kind, dtype: as `attention_kernel` was given them: the second time must take the same kernel as the first.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), attention_kernel(kind, device=unet.device, dtype=dtype, training=True)
+
+    unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=contexts))
 
 
 class Rows:

@@ -47,6 +47,21 @@ def grid(
     return sheet
 
 
+def cells(sheet: Image.Image, rows: int, columns: int, *, captions: bool, gap: int = 4) -> list[list[Image.Image]]:
+    """The pictures of a `grid` again, by row, as large as they stand there."""
+    head = LINE + gap if captions else 0
+    width = (sheet.width - gap) // columns - gap
+    pitch = (sheet.height - gap) // rows
+    height = pitch - gap - head
+    return [
+        [
+            sheet.crop((left, top, left + width, top + height))
+            for left in (gap + column * (width + gap) for column in range(columns))
+        ]
+        for top in (gap + row * pitch + head for row in range(rows))
+    ]
+
+
 def save_png(
     picture: Image.Image, path: Path, *, parameters: str | None = None, recipe: dict[str, Any] | None = None
 ) -> None:

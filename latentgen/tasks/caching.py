@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +30,11 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of the work: rank of world."""
+    """This process's part of the work: rank of world. `alive` is called all the while it waits for another run."""
 
     rank: int = 0
     world: int = 1
+    alive: Callable[[], object] = lambda: None
 
 
 def weights_key(network: nn.Module) -> str:
@@ -76,7 +77,7 @@ def cache_latents(model: Model, source: Source, folder: Path, *, flip: bool, sha
             raise UserError(f"the VAE gives latents that are not finite for {source.name(rows[bad[0]] % n)}")
         return values.numpy()
 
-    cache.fill(compute, rank=share.rank, world=share.world)
+    cache.fill(compute, rank=share.rank, world=share.world, alive=share.alive)
     return cache.open()
 
 
@@ -105,5 +106,5 @@ def cache_text(
         states = encode_text(model.text_encoder, model.tokenizer, distinct[part.start : part.stop])
         return states.to(torch.float16).cpu().numpy()
 
-    cache.fill(compute, rank=share.rank, world=share.world)
+    cache.fill(compute, rank=share.rank, world=share.world, alive=share.alive)
     return cache.open(), rows

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import CLIPTokenizer
 
 from latentgen.core.files import write_folder
@@ -54,6 +56,16 @@ class ClipTask:
             return {"loss": loss, "accuracy": accuracy.mean()}
         late = late_loss(*found.late, len(false) // count)
         return {"loss": loss + self.late * late, "accuracy": accuracy.mean(), "late": late}
+
+    @torch.no_grad()
+    def measure(self, averaged: Mapping[str, nn.Module], batch: Any, draw: Draw) -> dict[str, Tensor]:
+        """The contrastive `loss` of each pair `[b]` among those of the batch, in nats: no false captions, no words."""
+        clip = copy.deepcopy(averaged["clip"])  # its scale may be put back below 100 on the way, the average's not
+        found = self._features(clip, batch["image"], batch["caption"])
+        logits = found.logit_scale * found.image @ found.text.T
+        own = torch.arange(len(logits), device=logits.device)
+        both = [functional.cross_entropy(side, own, reduction="none") for side in (logits, logits.T)]
+        return {"loss": (both[0] + both[1]) / 2}
 
     def _features(self, clip: nn.Module, image: Tensor, captions: list[str]) -> ClipFeatures:
         device = self._device_of.device

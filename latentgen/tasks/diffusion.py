@@ -17,7 +17,7 @@ from latentgen.diffusion.forward import diffuse
 from latentgen.diffusion.log_variance import LogVariance
 from latentgen.diffusion.losses import Loss, mse
 from latentgen.diffusion.noise import offset, perturbed, pyramid, pyramid_sizes, student
-from latentgen.diffusion.noise_levels import importance, stratified
+from latentgen.diffusion.noise_levels import importance, stratified, uniform
 from latentgen.diffusion.noise_tables import NoiseTable
 from latentgen.diffusion.parameterization import EDM, X0, Eps, Parameterization, V, per_example, to_x0
 from latentgen.diffusion.variational import bound_term, interpolated_log_variance
@@ -119,16 +119,21 @@ class DiffusionTask:
         """One optimizer for all that is trained."""
         return (Phase("unet", tuple(self.modules)),)
 
+    def _device(self) -> torch.device:
+        return next(self.model.unet.parameters()).device  # the library's own property walks through all modules
+
     def draws(self, batch: Any, draw: Draw) -> Noised:
         """The random part of a step, a function of the step, the position in the global batch and, where levels are
         drawn by their loss, of what has been learned of it."""
-        device, shape = self.model.unet.device, batch["mean"].shape[1:]
+        u = stratified(draw.uniform("level"), draw.permutation("stratum"), draw.global_batch)
+        return self._noised(batch, draw, u, *self._levels(u))
+
+    def _noised(self, batch: Any, draw: Draw, u: Tensor, sigma: Tensor, share: Tensor) -> Noised:
+        device, shape = self._device(), batch["mean"].shape[1:]
         z = batch["mean"]
         if self.objective.posterior == "sample":
             z = sample_latents(z, batch["std"], draw.normal("posterior", shape))
         x0 = latents_of(self.model.vae, z).to(device)
-        u = stratified(draw.uniform("level"), draw.permutation("stratum"), draw.global_batch)
-        sigma, share = self._levels(u)
         noise = self._noise(draw, shape)
         shown = noise
         if self.objective.input_perturbation > 0:
@@ -138,7 +143,7 @@ class DiffusionTask:
 
     def _levels(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """sigma `[b]`, and what each example counts `[b]`, on the network's device."""
-        p, device = self.objective.parameterization, self.model.unet.device
+        p, device = self.objective.parameterization, self._device()
         if self.objective.density is not None:
             sigma = self.objective.density(u, p).to(device)
             return sigma, torch.ones_like(sigma)
@@ -166,15 +171,7 @@ class DiffusionTask:
         learned: the variational bound's terms summed over all times, in bits per dimension.
         """
         d, p, o = self.draws(batch, draw), self.objective.parameterization, self.objective
-        c = p.scalings(d.sigma)
-        unet = self.modules["unet"]
-        with attention_kernel(self.kernel, device=d.x.device, dtype=self.dtype, training=True):
-            x_in = per_example(c.c_in, d.x) * d.x
-            out = unet(x_in, c.c_noise, encoder_hidden_states=d.context, return_dict=False)[0].float()
-        prediction, target = out[:, : d.x.shape[1]], p.target(d.x0, d.noise, d.sigma)
-        fraction = p.fraction_of_sigma(d.sigma)
-        error = mse(prediction, target, fraction, d.sigma)
-        each = (error if o.loss is mse else o.loss(prediction, target, fraction, d.sigma)) * o.weight(d.sigma, p)
+        error, each, out = self._errors(self.modules["unet"], d, training=True)
         loss = each * d.share
         if "log_variance" in self.modules:
             u = self.modules["log_variance"](d.sigma)
@@ -185,9 +182,37 @@ class DiffusionTask:
                 loss = loss + learned - learned.detach()
         values = {"error": error.mean(), **_by_level(error, d.quantile)}
         if self.model.learned_variance:
-            vlb = _vlb(p, prediction.detach(), out[:, d.x.shape[1] :], d) * d.share
+            vlb = _vlb(p, out[:, : d.x.shape[1]].detach(), out[:, d.x.shape[1] :], d) * d.share
             loss, values["vlb"] = loss + o.vlb_weight * vlb, vlb.mean()
         return {"loss": loss.mean(), **values}
+
+    def _errors(self, unet: nn.Module, d: Noised, *, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each example `[b]` the squared error and the weighted loss; and all that the network gives."""
+        p, o = self.objective.parameterization, self.objective
+        c = p.scalings(d.sigma)
+        with attention_kernel(self.kernel, device=d.x.device, dtype=self.dtype, training=training):
+            x_in = per_example(c.c_in, d.x) * d.x
+            out = unet(x_in, c.c_noise, encoder_hidden_states=d.context, return_dict=False)[0].float()
+        prediction, target = out[:, : d.x.shape[1]], p.target(d.x0, d.noise, d.sigma)
+        fraction = p.fraction_of_sigma(d.sigma)
+        error = mse(prediction, target, fraction, d.sigma)
+        each = (error if o.loss is mse else o.loss(prediction, target, fraction, d.sigma)) * o.weight(d.sigma, p)
+        return error, each, out
+
+    @torch.no_grad()
+    def measure(self, averaged: Mapping[str, nn.Module], batch: Any, draw: Draw) -> dict[str, Tensor]:
+        """Of each example `[b]`: `loss`, weighted but for what is learned along, and `error`, the plain squared error.
+
+        `draw.step` is the part of the noise levels, from the cleanest 0 to `LEVELS` - 1; in each the examples' levels
+        are stratified. They are drawn as training draws them, or uniformly where that is learned.
+        """
+        o, device = self.objective, self._device()
+        u = stratified(draw.uniform("level"), draw.permutation("stratum"), draw.global_batch)
+        u = (draw.step + u) / LEVELS
+        sigma = (o.density or uniform)(u, o.parameterization).to(device)
+        d = self._noised(batch, draw, u, sigma, torch.ones_like(sigma))
+        error, each, _ = self._errors(averaged["unet"], d, training=False)
+        return {"loss": each, "error": error}
 
     def preview(self, averaged: Mapping[str, nn.Module], step: int, folder: Path) -> dict[str, float]:
         """Draw the preview requests with the averaged U-Net."""
@@ -196,7 +221,8 @@ class DiffusionTask:
         pictures = list(generate(dataclasses.replace(self.model, unet=unet), self.previews))
         prompts = [request.prompt for request in self.previews[:: self.columns]]
         sheet = grid(pictures, self.columns, prompts, scale=max(1, 128 // pictures[0].width))
-        save_png(sheet, folder / f"{step:08d}.png")
+        layout = {"captions": prompts, "columns": self.columns}
+        save_png(sheet, folder / f"{step:08d}.png", recipe=layout)
         return {}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from latentgen.core.files import write_folder, write_json
 from latentgen.core.rand import Draw
+from latentgen.core.tensors import require_finite
 from latentgen.data.fetch import to_tensor
 from latentgen.data.sources.base import Source
 from latentgen.engine.task import Phase
@@ -116,6 +117,20 @@ class VaeTask:
         return self.modules["vae"](image, draw.normal("posterior", shape).to(image.device))
 
     @torch.no_grad()
+    def measure(self, averaged: Mapping[str, nn.Module], batch: Any, draw: Draw) -> dict[str, Tensor]:
+        """Of each picture `[b]`: `loss`, the training loss without the critic, which changes; and of it `pixel`."""
+        image = batch["image"].to(self.vae.device)
+        noise = draw.normal("posterior", noise_shape(self.vae, image)[1:]).to(image.device)
+        out = averaged["vae"](image, noise)
+        pixel = torch.stack([PIXEL_LOSSES[self.weights.pixel](error) for error in out.reconstruction - image])
+        kl = torch.stack([kl_divergence(*each) for each in zip(out.mean, out.logvar, strict=True)])
+        loss = pixel + self.weights.kl * kl
+        if self._perceptual is not None:
+            distance = self._perceptual.to(image.device)(out.reconstruction, image)
+            loss = loss + self.weights.perceptual * distance
+        return {"loss": loss, "pixel": pixel}
+
+    @torch.no_grad()
     def preview(self, averaged: Mapping[str, nn.Module], step: int, folder: Path) -> dict[str, float]:
         """Held-out pictures above their reconstructions; PSNR in dB and SSIM over all of them."""
         vae = averaged["vae"]
@@ -124,7 +139,9 @@ class VaeTask:
         again = torch.cat([part.reconstruction for part in parts]).clamp(-1, 1)
         shown = min(8, len(image))
         pictures = to_pictures(torch.cat([image[:shown], again[:shown]]))
-        save_png(grid(pictures, shown, ("held-out pictures", "reconstructed"), scale=2), folder / f"{step:08d}.png")
+        rows = ("held-out pictures", "reconstructed")
+        layout = {"captions": rows, "columns": shown}
+        save_png(grid(pictures, shown, rows, scale=2), folder / f"{step:08d}.png", recipe=layout)
         return {"psnr": float(psnr(image, again).mean()), "ssim": float(ssim(image, again).mean())}
 
 
@@ -159,6 +176,7 @@ def finish_vae(averaged: nn.Module, source: Source, seed: int, folder: Path) -> 
     vae = copy.deepcopy(averaged.vae).cpu()  # not every device has float64
     mean, std = latent_statistics(vae, source, seed)
     fold_whitening(vae, mean, std)
+    require_finite(vae.state_dict(), "the whitened autoencoder")
 
     def fill(aside: Path) -> None:
         vae.save_pretrained(aside)

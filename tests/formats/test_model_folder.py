@@ -70,6 +70,23 @@ def test_dtype_of_the_file_and_of_the_loaded_model(tiny_model, tmp_path: Path) -
             assert {p.dtype for p in network.parameters()} == {dtype}, name
 
 
+@pytest.mark.parametrize(("network", "value", "dtype"), [
+    ("unet", float("nan"), None), ("vae", float("inf"), None), ("text_encoder", 1e5, torch.float16),
+])  # fmt: skip
+def test_numbers_that_are_not_finite_are_not_written(network, value, dtype, tiny_model, tmp_path: Path) -> None:
+    """Nor those that would not be finite in the type of the file."""
+    folder = tmp_path / "model"
+    save_model(tiny_model(note="good"), folder)
+    bad = tiny_model(note="bad")
+    name, weight = list(networks(bad)[network].named_parameters())[-1]
+    with torch.no_grad():
+        weight.view(-1)[-1] = value
+    with pytest.raises(FloatingPointError, match=f"model is refused: {network}/{name} not finite"):
+        save_model(bad, folder, dtype=dtype)
+    assert load_model(folder).metadata == {"note": "good"}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_an_older_model_is_replaced_and_anything_else_is_not(tiny_model, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

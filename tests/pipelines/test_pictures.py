@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from latentgen.data.fetch import to_tensor
-from latentgen.pipelines.pictures import LINE, grid, save_png, to_pictures
+from latentgen.pipelines.pictures import LINE, cells, grid, save_png, to_pictures
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9), (200, 100, 50)]
 
@@ -76,3 +76,13 @@ def test_png_without_texts(tmp_path: Path) -> None:
     with Image.open(tmp_path / "x.png") as picture:
         picture.load()
         assert picture.text == {}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("captions", [(), ("one", "two", "three")])
+def test_the_pictures_of_a_grid_come_back(captions: tuple[str, ...]) -> None:
+    pictures = [Image.effect_noise((10, 6), 80).convert("RGB") for _ in range(6)]
+    rows = cells(grid(pictures, 2, captions, scale=3), 3, 2, captions=bool(captions))
+    back = [picture for row in rows for picture in row]
+    assert [picture.size for picture in back] == [(30, 18)] * 6
+    for picture, before in zip(back, pictures, strict=True):
+        assert picture.resize((10, 6), Image.Resampling.NEAREST).tobytes() == before.tobytes()

@@ -81,3 +81,19 @@ def test_a_few_steps_learn_the_pairs(task: ClipTask, few: Callable, draw: Callab
         optimizer.step()
         history.append(loss.item())
     assert history[-1] < 0.6 * history[0]
+
+
+def test_what_is_measured_of_each_pair_is_the_loss_and_leaves_the_average_alone(
+    task: ClipTask, few: Callable, draw: Callable[..., Draw]
+) -> None:
+    d = draw()
+    batch = PictureBatches(few(8))(d)
+    clip = task.modules["clip"].clip.eval()
+    assert isinstance(clip, Clip)
+    with torch.no_grad():
+        clip.logit_scale.fill_(5.0)  # beyond ln 100, as an average may be
+        found = task.measure(task.modules, batch, d)["loss"]
+        assert float(clip.logit_scale) == 5.0
+        assert found.shape == (8,)
+        torch.testing.assert_close(found.mean(), task.losses("clip", batch, d)["loss"])
+    assert found.std() > 0

@@ -326,3 +326,44 @@ def test_preview_draws_with_the_averaged_unet(tiny_builder: Callable[..., Model]
     with Image.open(tmp_path / "a" / "00000006.png") as one, Image.open(tmp_path / "b" / "00000006.png") as two:
         assert one.width == 2 * (128 + 4) + 4
         assert np.asarray(one).tobytes() != np.asarray(two).tobytes(), "the averaged weights draw, not the trained ones"
+
+
+def measured(made: DiffusionTask, d: Draw) -> dict[str, Tensor]:
+    return made.measure(made.modules, cached(0.0)(d), d)
+
+
+@pytest.mark.parametrize("kind", ["plain", "balanced", "by loss"])
+def test_what_is_measured_does_not_depend_on_what_is_learned_along(kind: str, tiny: Model, draw: DrawOf) -> None:
+    """Each part is a quarter of the levels, one in each eighth of it; the loss is the weighted error at those."""
+    changes = {"plain": {}, "balanced": {"balanced": True}, "by loss": {"density": None}}[kind]
+    made, p = changed(tiny, weight=min_snr, **changes), tiny.parameterization()
+    if kind != "plain":
+        torch.nn.init.normal_(made.modules["log_variance"].get_parameter("series"))
+    for part in range(4):
+        d = draw(step=part, stage="x validation")
+        u = (part + (d.permutation("stratum") + d.uniform("level")) / 8) / 4
+        assert torch.equal((u * 4).long(), torch.full((8,), part))
+        assert torch.equal((u * 32).long().sort().values, torch.arange(8) + 8 * part)
+        batch = cached(0.0)(d)
+        sigma = p.sigma_of_fraction(u)
+        x0 = batch["mean"] + batch["std"] * d.normal("posterior", (4, 4, 4))
+        noise, c = d.normal("noise", (4, 4, 4)), p.scalings(sigma)
+        s = sigma.view(-1, 1, 1, 1)
+        with torch.no_grad():
+            x = c.c_in.view(-1, 1, 1, 1) * (x0 + s * noise)
+            out = tiny.unet(x, c.c_noise, encoder_hidden_states=batch["context"]).sample
+        error = (out - p.target(x0, noise, sigma)).square().flatten(1).mean(1)
+        found = measured(made, d)
+        torch.testing.assert_close(found["error"], error, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found["loss"], error * min_snr(sigma, p), rtol=1e-4, atol=1e-5)
+        assert not found["loss"].requires_grad
+
+
+def test_the_same_is_measured_however_a_batch_is_cut(tiny: Model, draw: DrawOf) -> None:
+    made = task(tiny)
+    whole = measured(made, draw(step=2))
+    parts = [measured(made, draw(range(at, at + 3), step=2)) for at in (0, 3)] + [
+        measured(made, draw(range(6, 8), step=2))
+    ]
+    for name, value in whole.items():
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), value, rtol=1e-4, atol=1e-5)

@@ -164,3 +164,22 @@ def test_finish_vae_whitens_and_keeps_the_pictures(tiny_builder: Callable, few: 
     expected = latent_statistics(trained.vae, source, seed=0)
     assert written["mean"] == pytest.approx(expected[0].tolist())
     assert written["std"] == pytest.approx(expected[1].tolist())
+
+
+def test_what_is_measured_of_each_picture_is_the_loss_without_the_critic(
+    tiny_builder: Callable, few: Callable, draw: DrawOf, vgg: str
+) -> None:
+    weights = {"pixel": "l1_l2", "kl": 0.25, "perceptual": 0.5, "perceptual_weights": vgg}
+    made, d = task(tiny_builder, few, critic=0.5, **weights), draw(step=3)
+    plain = task(tiny_builder, few, **weights)
+    image = batch(few, d)
+    found = made.measure({"vae": AutoencoderForTraining(made.vae)}, image, d)
+    with torch.no_grad():
+        losses = plain.losses("vae", image, d)
+    for name in ("loss", "pixel"):
+        assert found[name].shape == (8,)
+        torch.testing.assert_close(found[name].mean(), losses[name])
+        assert found[name].std() > 0
+    alone = draw(range(2, 3), step=3)
+    one = made.measure({"vae": AutoencoderForTraining(made.vae)}, batch(few, alone), alone)
+    torch.testing.assert_close(one["loss"], found["loss"][2:3])

@@ -53,12 +53,18 @@ def batch_of(sigma: float, x: Tensor) -> Tensor:
 
 
 def source_of(noise: NoiseSource | None, who: str) -> NoiseSource:
+    """The source of noise that the sampler `who` cannot do without.
+
+    Raises:
+        UserError: there is none.
+    """
     if noise is None:
         raise UserError(f"{who} adds noise at every step: pass noise=, a function of (sigma, sigma_next).")
     return noise
 
 
 def check_eta(eta: float) -> None:
+    """Raise `UserError` unless `eta`, the share of ancestral noise, is in [0, 1]."""
     if not 0 <= eta <= 1:
         raise UserError(f"eta {eta}: choose it between 0 (deterministic) and 1 (ancestral).")
 
