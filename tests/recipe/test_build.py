@@ -41,7 +41,9 @@ def test_random_weights_follow_from_the_seed_alone(tiny_recipe: Recipe) -> None:
 
 
 def test_held_out_shapes_are_others(tiny_recipe: Recipe) -> None:
-    seen, kept = build.source(tiny_recipe), build.held_out(tiny_recipe)
+    found = build.examples(tiny_recipe)
+    seen, kept = found.training, found.held_out
+    assert found.apart
     assert (len(seen), len(kept)) == (32, 4)
     assert seen.key() != kept.key()
     pictures = {seen.image(i).tobytes() for i in range(32)}
@@ -136,3 +138,11 @@ def test_false_captions_of_a_folder_are_ignored_aloud(
     folder = {"source": "folder", "path": str(tmp_path)}
     build.check(with_(tiny_recipe, data=folder, text_encoder={"contrasts": 2}), processes=1)
     assert "text_encoder.contrasts is ignored" in caplog.text
+
+
+def test_going_back_needs_spikes_to_go_back_for(tiny_recipe: Recipe) -> None:
+    recipe = with_(tiny_recipe, train={"rollback_every": 5})
+    build.check(recipe, 1)
+    assert build.loop_settings(recipe, "vae").rollback_every == 5
+    with pytest.raises(UserError, match=r"train\.rollback_every: .* give train\.spikes a number"):
+        build.check(with_(tiny_recipe, train={"rollback_every": 5, "spikes": None}), 1)

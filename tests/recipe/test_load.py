@@ -97,6 +97,7 @@ def test_a_key_unlike_any_other_lists_the_sections() -> None:
             "text_encoder: {train: {micro_batch: 2}}",
             "text_encoder.train.micro_batch: the contrastive loss needs its whole batch at once",
         ),
+        ("train: {micro_batch: 0}", "`train.micro_batch`: Input should be greater than or equal to 1 (found 0)"),
         ("unet: {channels: [32]}", "unet.attention: give one true/false for each of unet.channels"),
         ("data: {resolution: 20}", "data.resolution: must be a multiple of 8"),
     ],
@@ -196,7 +197,7 @@ def test_stage_train_takes_its_own_where_given() -> None:
 
 
 def test_the_loop_has_a_setting_for_each_of_its_fields() -> None:
-    fields = {field.name for field in dataclasses.fields(LoopSettings)} - {"preview_every"}
+    fields = {field.name for field in dataclasses.fields(LoopSettings)} - {"preview_every", "fit_micro_batch"}
     assert fields <= set(type(Recipe().train).model_fields)
 
 

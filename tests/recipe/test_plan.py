@@ -46,8 +46,9 @@ def plan(tiny_recipe: Recipe) -> Plan:
 
 @pytest.fixture(scope="module")
 def larger(tiny_recipe: Recipe) -> Plan:
-    """For the U-Net twice the steps and the batch, mirrored pictures, a quarter of each for the autoencoder."""
-    recipe = changed(tiny_recipe, "train", steps=24, global_batch=16)
+    """For the U-Net twice the steps and the batch, mirrored pictures, a quarter of each for the autoencoder, and a
+    state to go back to."""
+    recipe = changed(tiny_recipe, "train", steps=24, global_batch=16, rollback_every=5)
     recipe = changed(recipe, "data", flip=True)
     return make_plan(changed(recipe, "autoencoder", patch=32))
 
@@ -59,6 +60,12 @@ def test_flops_grow_with_steps_and_batch(plan: Plan, larger: Plan) -> None:
     assert two.flops == 4 * one.flops
     assert two.flops_per_step == 2 * one.flops_per_step
     assert plan.flops == sum(stage.flops for stage in plan.stages) + plan.cache_flops
+
+
+def test_a_good_state_makes_every_checkpoint_twice_as_large(plan: Plan, larger: Plan, tiny_recipe: Recipe) -> None:
+    checkpoints = tiny_recipe.train.keep_last + 1
+    for one, two in zip(plan.stages, larger.stages, strict=True):
+        assert two.disk - one.disk == 16 * one.parameters * checkpoints
 
 
 def test_the_autoencoder_is_planned_at_the_side_it_sees(plan: Plan, larger: Plan) -> None:

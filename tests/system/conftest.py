@@ -39,7 +39,7 @@ text_encoder:
   train: {steps: 6, global_batch: 8}
 unet: {channels: [16, 16], layers_per_block: 1, heads: 2, norm_groups: 8}
 diffusion: {caption_dropout: 0.3}
-train: {steps: 6, global_batch: 8, warmup_steps: 2, log_every: 2, save_every: 3}
+train: {steps: 6, global_batch: 8, warmup_steps: 2, log_every: 2, save_every: 3, validate_every: 3}
 preview: {every: 3, num: 1, num_inference_steps: 1, prompts: ["a red circle"]}
 """
 """Trains all three networks in a second or two. An epoch is 3 steps, a checkpoint is written every 3."""
@@ -60,6 +60,15 @@ class Done:
         return [line for line in lines if line]
 
 
+@dataclass(frozen=True)
+class Running:
+    """A program that was started, and the files of its output."""
+
+    pid: int
+    out: Path
+    err: Path
+
+
 class Programs:
     """Client of `forkserver.py`."""
 
@@ -75,11 +84,18 @@ class Programs:
 
     def __call__(self, *argv: object, cwd: Path, timeout: float = 120, **hooks: Any) -> Done:
         """Run `latentgen ARGV` in `cwd` to its end; `hooks` as `forkserver.py` knows them."""
+        return self.end(self.start(*argv, cwd=cwd, **hooks), timeout)
+
+    def start(self, *argv: object, cwd: Path, **hooks: Any) -> Running:
+        """The same, without waiting for its end."""
         self._count += 1
         out, err = (self._scratch / f"{self._count}.{kind}" for kind in ("out", "err"))
         words = [str(word) for word in argv]
-        pid = self._ask(argv=words, cwd=str(cwd), stdout=str(out), stderr=str(err), hooks=hooks)
-        return Done(self._ask(wait=pid, timeout=timeout), out.read_text(), err.read_text())
+        return Running(self._ask(argv=words, cwd=str(cwd), stdout=str(out), stderr=str(err), hooks=hooks), out, err)
+
+    def end(self, running: Running, timeout: float = 120) -> Done:
+        """Wait for the end of a program that was started."""
+        return Done(self._ask(wait=running.pid, timeout=timeout), running.out.read_text(), running.err.read_text())
 
 
 @pytest.fixture(scope="session")

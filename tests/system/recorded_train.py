@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recorder import record
 
 from latentgen.cli.main import run_verb
-from latentgen.engine.loop import Loop
+from latentgen.engine.step import Stepper
 
-plain_step = Loop._step
+plain_step = Stepper.__call__
 steps = 0
 
 
-def step(self: Loop, *arguments: object) -> None:
+def step(self: Stepper, *arguments: object) -> None:
     global steps
     steps += 1
     if os.environ.get("STOP") == f"{os.environ['RANK']} {steps}":
@@ -31,5 +31,5 @@ def step(self: Loop, *arguments: object) -> None:
 
 if __name__ == "__main__":
     record(os.environ["DRAWS_FOLDER"])
-    Loop._step = step  # type: ignore[method-assign]
+    Stepper.__call__ = step  # type: ignore[method-assign]
     run_verb("train")

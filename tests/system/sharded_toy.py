@@ -24,11 +24,13 @@ from torch.distributed.tensor import DTensor
 
 from latentgen.core.rand import Draw
 from latentgen.data.loader import Cut, Loader
-from latentgen.engine.checkpoint import save_checkpoint
+from latentgen.engine.checkpoint import Keep
 from latentgen.engine.loop import Loop
+from latentgen.engine.saver import Saver
 from latentgen.engine.settings import LoopSettings, StagePaths
 from latentgen.engine.sharding import Sharding
 from latentgen.engine.task import Phase
+from latentgen.engine.validation import FixedExamples, Validation
 from latentgen.engine.world import make_world
 
 STEPS, BATCH, MICRO = 6, 8, 2
@@ -48,6 +50,9 @@ SETTINGS = LoopSettings(
     save_every=3,
     keep_last=9,
     preview_every=3,
+    ema_lengths=(0.1,),
+    ema_snapshots=3,
+    ema_precision="fp32",
 )
 
 
@@ -89,6 +94,10 @@ class Toy:
             return {"loss": (self.modules["critic"](out.detach()) - 1).square().mean()}
         return {"loss": (out - batch["y"]).square().mean() - 0.1 * self.modules["critic"](out).mean()}
 
+    def measure(self, averaged: Mapping[str, nn.Module], batch: Any, draw: Draw) -> dict[str, Tensor]:
+        wanted = batch["y"] + torch.tensor(draw.indices)[:, None]
+        return {"loss": (averaged["net"](batch["x"]) - wanted).square().mean(dim=1)}
+
     def preview(self, averaged: Mapping[str, nn.Module], step: int, folder: Path) -> dict[str, float]:
         with torch.no_grad():
             return {"out": float(averaged["net"](torch.ones(1, 2, 5, 5)).sum())}
@@ -100,18 +109,23 @@ def fetch(draw: Draw) -> dict[str, Tensor]:
 
 def toy_loop(folder: Path, kind: str, accelerator: Accelerator, shards: Sharding | None = None) -> Loop:
     cut = Cut(BATCH, MICRO, accelerator.process_index, accelerator.num_processes)
-    paths = StagePaths(folder / "c", folder / "s", folder / "m.jsonl", folder / "tb")
+    paths = StagePaths(folder / "c", folder / "s", folder / "m.jsonl", folder / "tb", folder / "e")
     task = Toy(accelerator.process_index)  # processes that do not even begin alike: the first one's weights count
     settings = replace(SETTINGS, optimizer=kind)
-    return Loop(task, Loader(fetch, 20, 0, "toy", cut, STEPS), settings, accelerator, paths, shards)
+    # Five of each: two processes have three and two of them, in two batches and one.
+    sets = [FixedExamples(fetch, tuple(range(first, first + 5))) for first in (0, 10)]
+    validation = Validation(task.measure, *sets, seed=0, stage="toy", every=2, parts=2, batch=MICRO)
+    loader = Loader(fetch, 20, 0, "toy", cut, STEPS)
+    return Loop(task, loader, settings, accelerator, paths, shards, validation)
 
 
 def parts(loop: Loop) -> dict[str, list[int]]:
     """What of the network is cut: name -> elements here, elements in all. A whole tensor has -1 here."""
-    net, optimizer = loop.plain["net"], loop.optimizers["net"].optimizer
+    net, optimizer = loop.trained.plain["net"], loop.trained.optimizers["net"].optimizer
     found: dict[str, Any] = {f"weight/{name}": p for name, p in net.named_parameters()}
     found |= {f"gradient/{name}": p.grad for name, p in net.named_parameters() if p.grad is not None}
-    found |= {f"average/{name}": p for name, p in loop.ema["net"].averaged.named_parameters()}
+    found |= {f"average/{name}": p for name, p in loop.trained.ema["net"].averaged.named_parameters()}
+    found |= {f"length/{name}": p for name, p in loop.trained.lengths.averages["net-0.1"].averaged.named_parameters()}
     for name, p in net.named_parameters():
         found |= {f"{key}/{name}": value for key, value in optimizer.state[p].items() if key != "step"}
     return {
@@ -126,14 +140,14 @@ def main(folder: Path, kind: str) -> None:
 
     loop = toy_loop(folder / "two", kind, accelerator, world.sharding)
     loop.run()
-    grouped = [name for name, module in loop.plain["net"].named_modules() if isinstance(module, FSDPModule)]
+    grouped = [name for name, module in loop.trained.plain["net"].named_modules() if isinstance(module, FSDPModule)]
     (folder / f"parts-{rank}.json").write_text(json.dumps({"parts": parts(loop), "groups": grouped}))
 
     loop = toy_loop(folder / "begun", kind, accelerator, world.sharding)
     step = loop._restore()
-    snapshot = loop.state.snapshot(step)
+    with Saver(folder / "kept", Keep(9), accelerator, sharded=True) as saver:
+        saver.save(loop.state.snapshot(step))
     if rank == 0:
-        save_checkpoint(folder / "kept", snapshot, 9)
         shutil.copytree(folder / "two" / "c" / "00000003", folder / "again" / "c" / "00000003")
     accelerator.wait_for_everyone()
     for name in ("begun", "again"):

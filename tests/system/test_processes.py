@@ -2,47 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).resolve().parent
-RECORDED = HERE / "recorded_train.py"
-LAUNCHERS = ROOT / "configs" / "accelerate"
-
-
-def launch(kind: str) -> list[str]:
-    """The command line of a launcher of two processes, up to the script; on a port that is free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    if kind == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    accelerate = str(Path(sys.executable).with_name("accelerate"))
-    if kind == "fsdp2":  # groups of 500 weights, or networks this small would be put together at once
-        words = [str(LAUNCHERS / "fsdp2.yaml"), "--num_processes", "2", "--fsdp_min_num_params", "500"]
-    else:
-        words = [str(LAUNCHERS / "two-cpu.yaml")]
-    return [accelerate, "launch", "--config_file", *words, "--main_process_port", port]
-
-
-def read_draws(folder: Path) -> dict[tuple[str, int, int], dict[str, object]]:
-    """(stage, step, row of the global batch) -> all that was drawn for it; nothing may be drawn twice."""
-    found: dict[tuple[str, int, int], dict[str, object]] = {}
-    for file in folder.glob("*.jsonl"):
-        for text in file.read_text().splitlines():
-            line = json.loads(text)
-            row = found.setdefault((line.pop("stage"), line.pop("step"), line.pop("row")), {})
-            assert not row.keys() & line.keys(), "one row, two processes"
-            row.update(line)
-    return found
+from worlds import RECORDED, ROOT, launch, read_draws
 
 
 def same_losses(one: dict, two: dict, relative: float) -> None:

@@ -8,9 +8,6 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +15,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from worlds import run_two
+
+from latentgen.engine.checkpoint import Keep, read_checkpoint, save_checkpoint
 
 HERE = Path(__file__).resolve().parent
 ROUNDING = {"adamw": 1e-6, "muon": 1e-5}
@@ -25,15 +25,9 @@ ROUNDING = {"adamw": 1e-6, "muon": 1e-5}
 grow with them."""
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def checkpoint(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    files = sorted((folder / f"{step:08d}").glob("*.safetensors"))
-    return {f"{file.stem}/{name}": value for file in files for name, value in load_file(file).items()}
+    found = read_checkpoint(folder / f"{step:08d}")
+    return {f"{group}/{name}": value for group, tensors in found.tensors.items() for name, value in tensors.items()}
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], rounding: float = 0.0) -> None:
@@ -74,20 +68,7 @@ def folder(toy, kind: str, environment, tmp_path_factory) -> Path:
     toy.toy_loop(folder / "one", kind, accelerator).run()
     shutil.copytree(folder / "one" / "c" / "00000003", folder / "begun" / "c" / "00000003")
     asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_MIN_NUM_PARAMS": "1000"}
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = [sys.executable, str(HERE / "sharded_toy.py"), str(folder), kind]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**environment, **asked, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, said = process.communicate(timeout=240)
-        assert process.returncode == 0, said
+    run_two("sharded_toy.py", str(folder), kind, environment={**environment, **asked})
     return folder
 
 
@@ -97,7 +78,7 @@ def test_everything_of_the_network_is_cut_in_two(folder: Path, kind: str) -> Non
     mine, theirs = first["parts"], second["parts"]
     kinds = {name.partition("/")[0] for name in mine}
     own = {"momentum"} if kind == "muon" else set()
-    assert kinds == {"weight", "gradient", "average", "exp_avg", "exp_avg_sq"} | own
+    assert kinds == {"weight", "gradient", "average", "length", "exp_avg", "exp_avg_sq"} | own
     whole = {name for name, (here, _) in mine.items() if here == -1}
     assert whole == {f"{part}/scale" for part in kinds - own}, "a scalar cannot be cut, all else is"
     for name, (here, total) in mine.items():
@@ -112,8 +93,12 @@ def test_everything_of_the_network_is_cut_in_two(folder: Path, kind: str) -> Non
 def test_two_sharded_processes_train_like_one(folder: Path, kind: str) -> None:
     for step in (3, 6):
         same(checkpoint(folder / "one" / "c", step), checkpoint(folder / "two" / "c", step), ROUNDING[kind])
+        snapshots = [load_file(folder / name / "e" / f"{step:08d}" / "net-0.1.safetensors") for name in ("one", "two")]
+        for name, value in snapshots[0].items():
+            torch.testing.assert_close(value, snapshots[1][name], rtol=1e-4, atol=ROUNDING[kind])
     one, two = logged(folder / "one"), logged(folder / "two")
     assert len(one) == len(two) > 6
+    assert sum("held_out/loss" in line for line in one) == 4, "steps 0, 2, 4 and 6"
     for line, other in zip(one, two, strict=True):
         assert line == pytest.approx(other, rel=10 * ROUNDING[kind])
 
@@ -134,7 +119,7 @@ def test_two_sharded_processes_begin_and_one_finishes(folder: Path, toy, kind: s
     shutil.copytree(folder / "two" / "c" / "00000003", tmp_path / "c" / "00000003")
     loop = toy.toy_loop(tmp_path, kind, Accelerator(cpu=True))
     assert loop._restore() == 3
-    toy.save_checkpoint(tmp_path / "kept", loop.state.snapshot(3), 9)
+    save_checkpoint(tmp_path / "kept", loop.state.snapshot(3), Keep(9))
     same(checkpoint(tmp_path / "c", 3), checkpoint(tmp_path / "kept", 3))
     toy.toy_loop(tmp_path, kind, Accelerator(cpu=True)).run()
     same(checkpoint(tmp_path / "c", 6), checkpoint(folder / "one" / "c", 6), ROUNDING[kind])
