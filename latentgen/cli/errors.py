@@ -10,23 +10,28 @@ from collections.abc import Callable
 import typer
 from safetensors import SafetensorError
 
-from latentgen.core.errors import Interrupted, UserError
+from latentgen.core.errors import LOST, STOPPED, Elsewhere, Interrupted, Lost, UserError
 
 USER_ERROR, NOT_FINITE, INTERRUPTED = 2, 3, 130
-"""Exit codes: the user's to mend; training went wrong and stopped itself; stopped on request, state saved."""
+"""Exit codes: the user's to mend; training went wrong and stopped itself; left at once. The others are LOST, another
+process is gone, and STOPPED, stopped on request with the state saved (EX_TEMPFAIL: the same command continues)."""
 
 
 def guarded(program: Callable[[], object]) -> None:
     """Run a whole program and end the process with the exit code that says how it went."""
     try:
         program()
+    except Elsewhere:
+        _leave("", USER_ERROR)
     except UserError as error:
         _leave(f"error: {error}", USER_ERROR)
     except FloatingPointError as error:
         _leave(f"error: {error}", NOT_FINITE)
+    except Lost:
+        _leave("", LOST)
     except Interrupted as stop:
         # All processes stopped at the same step: one says so.
-        _leave(str(stop) if os.environ.get("RANK", "0") == "0" else "", INTERRUPTED)
+        _leave(str(stop) if os.environ.get("RANK", "0") == "0" else "", STOPPED)
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED)
     except SafetensorError as error:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import typer
 
 from latentgen.cli import evaluate, recipe
+from latentgen.cli.ema import ema
 from latentgen.cli.errors import run_app
 from latentgen.cli.fit_schedule import fit_schedule
+from latentgen.cli.report import report
 from latentgen.cli.sample import sample
 from latentgen.cli.train import train
 
@@ -19,7 +21,9 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(sample)
+app.command()(report)
 app.command()(fit_schedule)
+app.command()(ema)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(recipe.app, name="recipe")
 

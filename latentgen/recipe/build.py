@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from latentgen.data.loader import Cut
 from latentgen.data.sources.base import Source
 from latentgen.data.sources.folder import FolderSource
 from latentgen.data.sources.shapes import ShapesSource
+from latentgen.data.sources.subset import Subset, hold_out
 from latentgen.diffusion import lookup
 from latentgen.diffusion.guidance import build as build_guidance
 from latentgen.diffusion.guidance import parse
@@ -25,6 +27,7 @@ from latentgen.diffusion.noise_levels import DENSITIES
 from latentgen.diffusion.parameterization import EDM
 from latentgen.diffusion.samplers import find_sampler, resolve
 from latentgen.engine.settings import LoopSettings
+from latentgen.engine.trackers import check_trackers
 from latentgen.formats.model_folder import Model, load_metadata, load_model
 from latentgen.models.autoencoder import build_autoencoder, initialise
 from latentgen.models.clip import Clip, ClipShape, build_clip
@@ -39,31 +42,57 @@ from latentgen.tasks.vae import VaeLosses
 logger = logging.getLogger(__name__)
 
 
-def source(recipe: Recipe) -> Source:
-    """The training examples.
+@dataclass(frozen=True)
+class Examples:
+    """What a run trains and measures on.
+
+    Args:
+        training: the examples that are trained on.
+        held_out: at most `data.holdout` others to measure on; where there are none, some of the same.
+        apart: whether they are others.
+        skipped: pictures of the folder that were left out, and why.
+    """
+
+    training: Source
+    held_out: Source
+    apart: bool = True
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+
+def examples(recipe: Recipe) -> Examples:
+    """The training examples and those that training does not see: other shapes; or pictures of the folder
+    `data.validation`, else of `validation` in the folder, else a part of the folder's own, chosen by their content.
 
     Raises:
-        UserError: the folder is missing, empty or without captions.
+        UserError: a folder is missing, empty or without captions.
     """
     data = recipe.data
     if data.source == "shapes":
-        return ShapesSource(seed=recipe.seed, size=data.size, split=data.split or "train", resolution=data.resolution)
-    assert data.path is not None
-    return FolderSource(path=data.path, split=data.split, resolution=data.resolution, crop=data.crop)
-
-
-def held_out(recipe: Recipe) -> Source:
-    """Examples that training does not see: other shapes, or the folder's `validation`; failing that, the same ones."""
-    data = recipe.data
-    if data.source == "shapes":
         seed = seed_of(recipe.seed, "held-out") % 2**31
-        return ShapesSource(seed=seed, size=data.holdout, split="train", resolution=data.resolution)
+        training = ShapesSource(
+            seed=recipe.seed, size=data.size, split=data.split or "train", resolution=data.resolution
+        )
+        return Examples(training, ShapesSource(seed=seed, size=data.holdout, split="train", resolution=data.resolution))
     assert data.path is not None
-    beside = Path(data.path) / "validation"
-    path = data.validation or (str(beside) if beside.is_dir() else data.path)
-    if path == data.path:
-        logger.warning("%s has no validation/: PSNR, SSIM and retrieval are measured on training pictures", path)
-    return FolderSource(path=path, resolution=data.resolution, crop=data.crop)
+    whole = FolderSource(path=data.path, split=data.split, resolution=data.resolution, crop=data.crop)
+    beside, skipped = Path(data.path) / "validation", dict(whole.skipped)
+    path = data.validation or (str(beside) if beside.is_dir() else None)
+    if path is not None and Path(path).resolve() != whole.folder.resolve():
+        others = FolderSource(path=path, resolution=data.resolution, crop=data.crop)
+        return Examples(whole, _some(others, data.holdout), True, skipped)
+    kept, chosen = hold_out(whole.digests, data.holdout if path is None else 0)
+    if not chosen:
+        logger.warning("%s: nothing is held out (%d pictures): measured on training pictures", data.path, len(whole))
+        return Examples(whole, _some(whole, data.holdout), False, skipped)
+    logger.info("%s: %d pictures to train on, %d held out to measure on", data.path, len(kept), len(chosen))
+    return Examples(Subset(whole, kept), Subset(whole, chosen), True, skipped)
+
+
+def _some(source: Source, count: int) -> Source:
+    """`count` examples spread evenly over a source, or all."""
+    if len(source) <= count:
+        return source
+    return Subset(source, tuple(i * len(source) // count for i in range(count)))
 
 
 def check(recipe: Recipe, processes: int) -> None:
@@ -71,6 +100,9 @@ def check(recipe: Recipe, processes: int) -> None:
     own = {"vae": recipe.autoencoder.source, "clip": recipe.text_encoder.source, "unet": None}
     for stage in (stage for stage, source in own.items() if source is None):
         cut(recipe, stage, world=processes)
+    check_trackers(recipe.train.trackers)
+    if recipe.train.rollback_every is not None and recipe.train.spikes is None:
+        raise UserError("train.rollback_every: it is spikes that a run goes back for; give train.spikes a number")
     check_process(recipe)
     _check_previews(recipe)
     for section in ("autoencoder", "text_encoder", "unet"):
@@ -102,7 +134,7 @@ def _warn_of_ignored(name: str, section: Autoencoder | TextEncoder | UNet) -> No
     if section.source is None:
         return
     plain = type(section).model_validate({"from": section.source})
-    kept = {"source", "posterior", "attention_kernel"}
+    kept = {"source", "posterior", "attention_kernel", "gradient_checkpointing"}
     changed = [key for key in type(section).model_fields if getattr(section, key) != getattr(plain, key)]
     for key in changed:
         if key not in kept:
@@ -322,11 +354,15 @@ def previews(recipe: Recipe) -> list[Request]:
 def loop_settings(recipe: Recipe, stage: str) -> LoopSettings:
     """How the loop trains a stage."""
     train = recipe.stage_train(stage)
-    names = LoopSettings.__dataclass_fields__.keys() - {"preview_every"}
-    return LoopSettings(**{name: getattr(train, name) for name in names}, preview_every=recipe.preview.every)
+    names = LoopSettings.__dataclass_fields__.keys() - {"preview_every", "fit_micro_batch"}
+    return LoopSettings(
+        **{name: getattr(train, name) for name in names},
+        preview_every=recipe.preview.every,
+        fit_micro_batch=train.micro_batch == "auto",
+    )
 
 
 def cut(recipe: Recipe, stage: str, rank: int = 0, world: int = 1) -> Cut:
     """How a stage's global batch is spread."""
     train = recipe.stage_train(stage)
-    return Cut(train.global_batch, train.micro_batch, rank, world)
+    return Cut(train.global_batch, None if train.micro_batch == "auto" else train.micro_batch, rank, world)

@@ -88,6 +88,7 @@ def _explain(error: ValidationError, where: str) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key `{key}`{_nearest(key)}"
+    key = ".".join(str(part) for part in first["loc"] if str(part).isidentifier() or isinstance(part, int))
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if not key else f"{where}: `{key}`: {message} (found {first['input']!r})"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,13 +95,16 @@ def _training_flops(module: nn.Module, *inputs: Tensor, **named: Tensor) -> floa
     return flops_of(run) / PROBE
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, examples: int | None = None) -> Plan:
     """Count a recipe's cost on meta tensors.
+
+    Args:
+        examples: trained on, where they have been counted already.
 
     Raises:
         UserError: the recipe's parts do not fit together, or a `from:` folder or the data are missing.
     """
-    examples = len(build.source(recipe))
+    examples = examples or len(build.examples(recipe).training)
     side, stages = recipe.data.resolution, []
     with torch.device("meta"):
         vae, model = _vae(recipe), None
@@ -168,7 +172,12 @@ def _stage(recipe: Recipe, name: str, module: nn.Module, flops: float, shared: f
     else:
         update = 0.0
     # Weights, their average and Adam's two moments, in float32; one checkpoint more than is kept exists while saving.
-    disk = 4 * parameters * (4 * (train.keep_last + 1) + 2)
+    kept = train.keep_last + train.keep_best + (train.steps // train.keep_every if train.keep_every else 0)
+    states = (kept + 1) * (1 if train.rollback_every is None else 2)  # the good state is in a checkpoint, too
+    disk = 4 * parameters * (4 * states + 2)
+    lengths = len(train.ema_lengths)  # each is in the checkpoints, and in the snapshots
+    snapshots = math.ceil(train.steps / build.loop_settings(recipe, name).snapshot_every())
+    disk += lengths * parameters * (4 * states + (4 if train.ema_precision == "fp32" else 2) * snapshots)
     return StagePlan(
         name, parameters, train.steps, train.global_batch, flops * train.global_batch + shared + update, disk
     )

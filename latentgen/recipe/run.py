@@ -8,6 +8,7 @@ import json
 import logging
 import platform
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,35 +20,47 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentgen import __version__
+from latentgen.core.allocator import keep_memory
 from latentgen.core.errors import UserError
-from latentgen.core.files import content_key, file_sha256, write_folder, write_json, write_text
+from latentgen.core.files import clear_leftovers, content_key, file_sha256, write_folder, write_json, write_text
 from latentgen.core.runfolder import RunFolder
 from latentgen.data.fetch import CachedBatches, PictureBatches, to_tensor
 from latentgen.data.loader import Loader
 from latentgen.data.sources.base import Source
-from latentgen.data.sources.folder import FolderSource
+from latentgen.engine.agreement import held
+from latentgen.engine.guard import require_finite
 from latentgen.engine.loop import Loop
 from latentgen.engine.settings import StagePaths
 from latentgen.engine.task import Task
+from latentgen.engine.validation import Measure, Validation
+from latentgen.engine.watch import Watch
 from latentgen.engine.world import World, make_world
 from latentgen.formats.model_folder import Model, load_model, quiet_libraries, save_model
 from latentgen.models.clip import Clip, load_clip
+from latentgen.models.quick import quicken
 from latentgen.models.text import train_tokenizer
+from latentgen.models.unet import checkpoint_activations
 from latentgen.pipelines.generate import check
 from latentgen.recipe import build
 from latentgen.recipe.load import dump_recipe, load_recipe
-from latentgen.recipe.plan import make_plan
+from latentgen.recipe.plan import Plan, make_plan
+from latentgen.recipe.reporting import Reporter, note_start
 from latentgen.recipe.schema import Recipe
+from latentgen.recipe.validation import validation, wanted
 from latentgen.tasks.caching import Share, cache_latents, cache_text
 from latentgen.tasks.clip import ClipTask, finish_clip
-from latentgen.tasks.diffusion import DiffusionTask
+from latentgen.tasks.diffusion import LEVELS, DiffusionTask
 from latentgen.tasks.vae import VaeTask, finish_vae
 
 logger = logging.getLogger(__name__)
 
 FREE_KEYS = {
-    "preview", "train.log_every", "train.save_every", "train.keep_last", "train.micro_batch", "train.processes",
-    "autoencoder.train.micro_batch", "text_encoder.train.micro_batch", "data.workers", "data.cache",
+    "preview", "train.log_every", "train.save_every", "train.keep_last", "train.keep_every", "train.keep_best",
+    "train.validate_every", "autoencoder.train.validate_every", "text_encoder.train.validate_every",
+    "train.ema_precision", "train.ema_snapshots", "autoencoder.train.ema_snapshots", "text_encoder.train.ema_snapshots",
+    "train.ema_device", "autoencoder.train.ema_device", "text_encoder.train.ema_device",
+    "train.micro_batch", "train.processes", "autoencoder.train.micro_batch", "text_encoder.train.micro_batch",
+    "train.bad_steps", "train.trackers", "unet.gradient_checkpointing", "data.workers", "data.cache",
 }  # fmt: skip
 """What may change between two commands of one run: nothing that the weights depend on."""
 
@@ -66,29 +79,48 @@ class Run:
 
     def __init__(self, recipe: Recipe, root: Path, device: str | None = None) -> None:
         self.recipe, self.folder = recipe, RunFolder(root / recipe.name)
+        self.report = Reporter(self.folder.path)
         self.world: World = make_world(recipe.train.precision, recipe.train.processes, device)
         self.accelerator: Accelerator = self.world.accelerator
-        self.source: Source = build.source(recipe)
+        self.watch = Watch(self.accelerator)
+        self.on_cpu = self.accelerator.device.type == "cpu"
+        self.examples = build.examples(recipe)
+        self.source: Source = self.examples.training
         self.inputs = {"data": self.source.key(), "from": _from_weights(recipe)}
         self._refuse_another_recipe()
 
     def train(self) -> Path:
-        """Do every stage that is not done; return the model folder."""
+        """Do every stage that is not done; return the model folder.
+
+        Raises:
+            Interrupted: a signal asked to stop; what was trained is saved.
+            Lost: another process is gone.
+        """
         if (self.folder.model / "model_index.json").is_file():
             logger.info("%s is finished; choose another name= to train anew", self.folder.model)
             return self.folder.model
         build.check(self.recipe, self.accelerator.num_processes)
-        plan = make_plan(self.recipe)
-        self._claim()
-        logger.info("%s", plan.table())
+        plan = make_plan(self.recipe, len(self.source))
+        lock = held(self.folder.path, f"the run {self.folder.path}", self.accelerator)
+        if self.on_cpu:
+            keep_memory()
+        with self.watch.stop, self.watch, lock:
+            self._refuse_another_recipe()  # what was there before the lock was taken may be another run's since
+            self._claim()
+            logger.info("%s", plan.table())
+            return self._train(plan)
+
+    def _train(self, plan: Plan) -> Path:
         vae = self._vae()
         text_encoder, tokenizer, clip = self._text_encoder()
         model = build.new_model(self.recipe, vae, text_encoder, tokenizer)
         unet = self._unet(model)
+        self.watch.mark("writing the model")
         if self.accelerator.is_main_process:
             save_model(
                 dataclasses.replace(model, unet=unet, metadata=self._metadata(plan.flops)), self.folder.model, clip=clip
             )
+            self.report()
         self.accelerator.wait_for_everyone()
         logger.info("the model is in %s", self.folder.model)
         return self.folder.model
@@ -111,14 +143,16 @@ class Run:
     def _claim(self) -> None:
         """Write the recipe down: the first thing written, when all that can be checked beforehand has been."""
         if self.accelerator.is_main_process:
+            clear_leftovers(self.folder.path)
             libraries = ", ".join(
                 f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "accelerate")
             )
             head = f"# latentgen {__version__}, Python {platform.python_version()}, {libraries}\n"
             write_json(self.folder.path / "inputs.json", self.inputs)
-            if isinstance(self.source, FolderSource) and self.source.skipped:
-                write_json(self.folder.path / "skipped.json", dict(self.source.skipped))
+            if self.examples.skipped:
+                write_json(self.folder.path / "skipped.json", dict(self.examples.skipped))
             write_text(self.folder.recipe, head + dump_recipe(self.recipe))
+            note_start(self.folder.path, len(self.source), self.accelerator)
         self.accelerator.wait_for_everyone()
 
     def _metadata(self, flops: float) -> dict[str, Any]:
@@ -128,7 +162,13 @@ class Run:
         statistics = json.loads(measured.read_text()) if measured.is_file() else None
         return {"recipe": recipe, "flops": flops, "latent_statistics": statistics, **self.inputs}
 
-    def _stage(self, task: Task, fetch: Callable[..., Any], finish: Callable[[Mapping[str, nn.Module]], None]) -> None:
+    def _stage(
+        self,
+        task: Task,
+        fetch: Callable[..., Any],
+        finish: Callable[[Mapping[str, nn.Module]], None],
+        measured: Validation | None,
+    ) -> None:
         """Train one task to its end, then let `finish` write its averaged modules; nothing when it is there."""
         train = self.recipe.stage_train(task.name)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -142,23 +182,50 @@ class Run:
             self.recipe.data.workers,
         )
         folder = self.folder
-        paths = StagePaths(folder.checkpoints(task.name), folder.samples(task.name), folder.metrics, folder.tensorboard)
+        paths = StagePaths(
+            folder.checkpoints(task.name),
+            folder.samples(task.name),
+            folder.metrics,
+            folder.tensorboard,
+            folder.ema(task.name),
+        )
         settings = build.loop_settings(self.recipe, task.name)
-        loop = Loop(task, loader, settings, self.accelerator, paths, self.world.sharding)
+        loop = Loop(
+            *(task, loader, settings, self.accelerator, paths, self.world.sharding, measured, self.report, self.watch)
+        )
         loop.run()
+        self.watch.mark(f"{task.name}, its result")
         averaged = loop.averaged()
+        require_finite(
+            {name: dict(module.state_dict()) for name, module in averaged.items()},
+            self.accelerator,
+            f"the result of stage {task.name}",
+        )
         if self.accelerator.is_main_process:
-            finish(averaged)
+            with self.watch.following(averaged.values()):
+                finish(averaged)
+        self.watch.mark(f"{task.name}, done")
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
+
+    def _validation(
+        self, stage: str, measure: Measure, fetch: Callable[[Source], Callable[..., Any]], **more: Any
+    ) -> Validation | None:
+        """`fetch` makes the batches of a source; the sources are those of the run's examples."""
+        examples = self.examples
+        if not wanted(self.recipe, examples, stage):
+            return None
+        held_out, seen = fetch(examples.held_out), fetch(examples.training)
+        world = self.accelerator.num_processes
+        return validation(self.recipe, examples, stage, measure, held_out=held_out, seen=seen, world=world, **more)
 
     def _vae(self) -> AutoencoderKL:
         if self.recipe.autoencoder.source is not None:
             return self._frozen(load_model(Path(self.recipe.autoencoder.source)).vae)
         result = self.folder.result("vae")
         if not result.is_dir():
-            held_out = build.held_out(self.recipe)
-            pictures = to_tensor([held_out.image(i) for i in range(min(len(held_out), self.recipe.data.holdout))])
+            held_out = self.examples.held_out
+            pictures = to_tensor([held_out.image(i) for i in range(len(held_out))])
             task = VaeTask(build.new_vae(self.recipe), build.vae_losses(self.recipe), pictures)
             a = self.recipe.autoencoder
             fetch = PictureBatches(
@@ -173,7 +240,8 @@ class Run:
             def finish(averaged: Mapping[str, nn.Module]) -> None:
                 finish_vae(averaged["vae"], self.source, self.recipe.seed, result)
 
-            self._stage(task, fetch, finish)
+            whole = partial(PictureBatches, flip=self.recipe.data.flip, captions=0)
+            self._stage(task, fetch, finish, self._validation("vae", task.measure, whole))
         with quiet_libraries():
             vae = AutoencoderKL.from_pretrained(result)
         assert isinstance(vae, AutoencoderKL)
@@ -190,14 +258,16 @@ class Run:
             limit = self.recipe.data.captions
             captions = (caption for i in range(len(self.source)) for caption in self.source.captions(i)[:limit])
             tokenizer = train_tokenizer(captions, t.vocab_size, t.context_length)
-            held_out = build.held_out(self.recipe)
-            numbers = range(min(len(held_out), self.recipe.data.holdout))
+            held_out = self.examples.held_out
+            numbers = range(len(held_out))
             pairs = to_tensor([held_out.image(i) for i in numbers]), [held_out.captions(i)[0] for i in numbers]
             assert isinstance(tokenizer.eos_token_id, int)
             clip = build.new_clip(self.recipe, len(tokenizer), tokenizer.eos_token_id)
             task = ClipTask(clip, tokenizer, pairs, t.late)
             fetch = PictureBatches(self.source, self.recipe.data.flip, captions=limit, contrasts=t.contrasts)
-            self._stage(task, fetch, lambda averaged: finish_clip(averaged["clip"], tokenizer, result))
+            plain = partial(PictureBatches, flip=self.recipe.data.flip, captions=limit)
+            measured = self._validation("clip", task.measure, plain, together=True)
+            self._stage(task, fetch, lambda averaged: finish_clip(averaged["clip"], tokenizer, result), measured)
         with quiet_libraries():
             text_encoder = CLIPTextModel.from_pretrained(result / "text_encoder")
             tokenizer = CLIPTokenizer.from_pretrained(result / "tokenizer")
@@ -209,11 +279,7 @@ class Run:
             previews = build.previews(recipe)
             for request in previews:
                 check(request, model)
-            share = Share(self.accelerator.process_index, self.accelerator.num_processes)
-            cache, data = Path(recipe.data.cache), recipe.data
-            moments = cache_latents(model, self.source, cache, flip=data.flip, share=share)
-            states, rows = cache_text(model, self.source, cache, captions=data.captions, share=share)
-            fetch = CachedBatches(moments, states, rows, recipe.diffusion.caption_dropout)
+            fetch = self._cached(model, self.source)
             task = DiffusionTask(
                 model,
                 build.objective(recipe, model),
@@ -222,11 +288,30 @@ class Run:
                 kernel=recipe.unet.attention_kernel,
                 dtype=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
             )
-            self._stage(task, fetch, lambda averaged: _finish_unet(averaged["unet"], result))
+
+            def fetched(source: Source) -> CachedBatches:
+                return fetch if source is self.source else self._cached(model, source)
+
+            measured = self._validation("unet", task.measure, fetched, parts=LEVELS)
+            if self.on_cpu and task.dtype == torch.float32:
+                quicken(model.unet)
+            if recipe.unet.gradient_checkpointing:
+                checkpoint_activations(model.unet, task.kernel, dtype=task.dtype)
+            self._stage(task, fetch, lambda averaged: _finish_unet(averaged["unet"], result), measured)
         with quiet_libraries():
             unet = UNet2DConditionModel.from_pretrained(result)
         assert isinstance(unet, UNet2DConditionModel)
         return unet
+
+    def _cached(self, model: Model, source: Source) -> CachedBatches:
+        share = Share(self.accelerator.process_index, self.accelerator.num_processes, self.watch.move)
+        cache, data = Path(self.recipe.data.cache), self.recipe.data
+        with self.watch.following([model.vae, model.text_encoder]):
+            self.watch.mark("caching latents")
+            moments = cache_latents(model, source, cache, flip=data.flip, share=share)
+            self.watch.mark("caching text states")
+            states, rows = cache_text(model, source, cache, captions=data.captions, share=share)
+        return CachedBatches(moments, states, rows, self.recipe.diffusion.caption_dropout)
 
     def _frozen(self, network: Any) -> Any:
         return network.eval().requires_grad_(False).to(self.accelerator.device)

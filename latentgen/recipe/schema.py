@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+def _different(lengths: tuple[float, ...]) -> tuple[float, ...]:
+    if len(set(lengths)) < len(lengths):
+        raise ValueError("give each length once")
+    return lengths
+
+
+Length = Annotated[float, Field(gt=0, le=0.28)]
+Lengths = Annotated[tuple[Length, ...], AfterValidator(_different)]
 
 
 class Section(BaseModel):
@@ -29,9 +39,15 @@ class Data(Section):
     )
     size: int = Field(default=20_000, ge=1, description="examples in the procedural world")
     captions: int | None = Field(default=None, ge=1, description="use at most so many captions an example (null: all)")
-    holdout: int = Field(default=64, ge=1, description="pictures kept for measuring reconstruction")
+    holdout: int = Field(
+        default=64,
+        ge=1,
+        description="examples to measure on that are not trained on; of a folder at most a tenth, chosen by content, "
+        "and none where that is fewer than 8",
+    )
     validation: str | None = Field(
-        default=None, description="folder of pictures to measure on (null: beside the training ones)"
+        default=None,
+        description="folder of pictures to measure on (null: `validation` in the folder, else a part of it)",
     )
     workers: int = Field(default=0, ge=0, description="processes that read pictures (0: the training process itself)")
     cache: str = Field(
@@ -44,8 +60,8 @@ class StageTrain(Section):
 
     steps: int | None = Field(default=None, ge=1)
     global_batch: int | None = Field(default=None, ge=1)
-    micro_batch: int | None = Field(default=None, ge=1)
-    optimizer: Literal["adamw", "muon"] | None = None
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    optimizer: Literal["adamw", "adamw8bit", "muon"] | None = None
     learning_rate: float | None = Field(default=None, gt=0)
     schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] | None = None
     warmup_steps: int | None = Field(default=None, ge=0)
@@ -55,6 +71,9 @@ class StageTrain(Section):
     beta2: float | None = Field(default=None, ge=0, lt=1)
     grad_clip: float | None = Field(default=None, gt=0)
     ema_decay: float | None = Field(default=None, ge=0, lt=1)
+    ema_lengths: Lengths | None = None
+    ema_snapshots: int | None = Field(default=None, ge=1)
+    validate_every: int | None = Field(default=None, ge=0)
 
 
 class Autoencoder(Section):
@@ -143,6 +162,9 @@ class UNet(Section):
     pooled_text: bool = Field(default=False, description="the whole prompt also enters through the time embedding")
     time_scale_shift: bool = Field(default=False, description="the time embedding scales and shifts, not only adds")
     attention_kernel: Literal["auto", "math", "flash"] = "auto"
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute activations again instead of keeping them: less memory, a third more time"
+    )
 
 
 class Diffusion(Section):
@@ -219,11 +241,14 @@ class Train(Section):
 
     steps: int = Field(default=1000, ge=1)
     global_batch: int = Field(default=64, ge=1, description="examples a step, over all processes and micro-batches")
-    micro_batch: int | None = Field(
-        default=None, ge=1, description="examples of one forward pass (null: the process's share)"
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        default=None,
+        description="examples of one forward pass (null: the process's share; auto: as many as fit into memory)",
     )
-    optimizer: Literal["adamw", "muon"] = Field(
-        default="adamw", description="muon learns more from a picture, and costs more a step (arXiv 2502.16982)"
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(
+        default="adamw",
+        description="muon learns more from a picture, and costs more a step (arXiv 2502.16982); "
+        "adamw8bit keeps its moments in a quarter of the memory (arXiv 2110.02861; needs a GPU and bitsandbytes)",
     )
     learning_rate: float = Field(default=1e-3, gt=0)
     schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
@@ -235,14 +260,52 @@ class Train(Section):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.99, ge=0, lt=1)
     grad_clip: float = Field(default=1.0, gt=0)
-    ema_decay: float = Field(default=0.995, ge=0, lt=1)
+    ema_decay: float = Field(default=0.995, ge=0, lt=1, description="of the average that is previewed and exported")
+    ema_lengths: Lengths = Field(
+        default=(),
+        description="averages of these relative lengths are tracked too, as [0.05, 0.10]: `latentgen ema` makes any "
+        "other of them afterwards (arXiv 2312.02696)",
+    )
+    ema_snapshots: int | None = Field(
+        default=None, ge=1, description="steps between two snapshots of these (null: a twentieth of the stage's steps)"
+    )
+    ema_precision: Literal["fp16", "fp32"] = Field(
+        default="fp16", description="of snapshots; fp32 where weights move little, as in fine-tuning"
+    )
+    ema_device: Literal["cpu"] | None = Field(
+        default=None, description="cpu: averages are kept in main memory, not on the GPU"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     processes: int | None = Field(
         default=None, ge=1, description="refuse to train unless exactly so many processes are found"
     )
+    validate_every: int = Field(
+        default=500, ge=0, description="steps between two measurements of the held-out loss (0: none)"
+    )
     log_every: int = Field(default=10, ge=1)
     save_every: int = Field(default=500, ge=1)
-    keep_last: int = Field(default=2, ge=1, description="checkpoints kept per stage")
+    keep_last: int = Field(default=2, ge=1, description="newest checkpoints kept per stage")
+    keep_every: int | None = Field(default=None, ge=1, description="keep those of every so many steps as well")
+    keep_best: int = Field(default=0, ge=0, description="keep so many of the lowest validation loss as well")
+    bad_steps: int = Field(
+        default=10, ge=1, description="stop when so many steps in a row are not finite; each is skipped"
+    )
+    spikes: float | None = Field(
+        default=20.0,
+        gt=0,
+        description="skip a step whose loss is so many standard deviations above its running mean, and twice that mean "
+        "(null: none)",
+    )
+    rollback_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="keep a good state in main memory every so many steps, and go back to it when many steps in a row "
+        "are bad (null: never; the loss's new level is then accepted)",
+    )
+    trackers: tuple[
+        Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"],
+        ...,
+    ] = Field(default=("tensorboard",), description="where measurements go, beside metrics.jsonl")
 
 
 class Preview(Section):
