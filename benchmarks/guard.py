@@ -61,8 +61,8 @@ def unet_stage(folder: Path, accelerator: Accelerator) -> Loop:
     """The stage as `latentgen train` would run it, on random latents and text states of the right size."""
     recipe = load_recipe(ROOT / "configs" / "quickstart.yaml", [f"autoencoder.from={ROOT / 'data' / 'shapes-model'}"])
     start = load_model(ROOT / "data" / "shapes-model")
-    tokens, width = recipe.text_encoder.context_length, start.text_encoder.config.hidden_size
-    model = build.new_model(recipe, start.vae, start.text_encoder, start.tokenizer)
+    tokens, width = recipe.text_encoder.context_length, start.towers[0].encoder.config.hidden_size
+    model = build.new_model(recipe, start.vae, start.towers)
     channels, side = model.unet.config["in_channels"], model.unet.config["sample_size"]
 
     def fetch(draw: Draw) -> dict[str, Tensor]:

@@ -31,7 +31,8 @@ from latentgen.core.log import progress
 from latentgen.data.sources.shapes_scene import CATEGORIES
 from latentgen.evals.shapes_prompts import Prompt, standing_prompts
 from latentgen.evals.shapes_report import Report, bootstrap, evaluate
-from latentgen.formats.model_folder import Model, load_model
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import load_model
 from latentgen.models.autoencoder import factor
 from latentgen.models.unet import counted_rows
 from latentgen.pipelines.generate import Request, generate

@@ -21,7 +21,8 @@ from latentgen.data.sources.shapes import ShapesSource
 from latentgen.data.sources.shapes_captions import alterations, full_requirement, phrase
 from latentgen.data.sources.shapes_layout import Draws
 from latentgen.diffusion.parameterization import per_example
-from latentgen.formats.model_folder import Model, load_model
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import load_model
 from latentgen.models.autoencoder import encode_moments, latents_of
 from latentgen.models.text import encode_text
 
@@ -54,7 +55,7 @@ def errors(model: Model, x0: Tensor, captions: list[str], numbers: list[int], si
     p, levels = model.parameterization(), torch.full((len(x0),), sigma)
     noise = torch.stack([torch.randn(x0.shape[1:], generator=torch.Generator().manual_seed(n)) for n in numbers])
     scalings, x = p.scalings(levels), x0 + sigma * noise
-    context = encode_text(model.text_encoder, model.tokenizer, captions)
+    context = encode_text(model.towers, captions).states
     x_in = per_example(scalings.c_in, x) * x
     out = model.unet(x_in, scalings.c_noise, encoder_hidden_states=context, return_dict=False)[0]
     return (out - p.target(x0, noise, levels)).square().flatten(1).mean(dim=1)

@@ -109,7 +109,7 @@ def shapes(folder: Path, pictures: int, guidance_scale: float, first: int = 0) -
     def denoiser(test: bool) -> Denoiser:
         prompts = [PROMPTS[i % len(PROMPTS)] for i in range(pictures)] if test else OF_EACH * list(FITTING_PROMPTS)
         texts = {"cond": prompts, "uncond": [""] * len(prompts)}
-        states = {kind: encode_text(model.text_encoder, model.tokenizer, text) for kind, text in texts.items()}
+        states = {kind: encode_text(model.towers, text).states for kind, text in texts.items()}
 
         def denoise_rows(x: Tensor, sigma: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
             context = torch.cat([states[kind][at % len(prompts)] for kind, at in rows.items()])

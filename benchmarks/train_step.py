@@ -39,6 +39,7 @@ from latentgen.core.rand import Draw
 from latentgen.data.order import examples_at
 from latentgen.data.sources.shapes import ShapesSource
 from latentgen.formats.model_folder import load_model, save_model
+from latentgen.models.text import prompt_length, states_width
 from latentgen.models.unet import build_unet
 from latentgen.recipe import build
 from latentgen.recipe.load import load_recipe
@@ -193,7 +194,7 @@ def write_large_model(folder: Path, start: Path) -> None:
     unet = build_unet(
         latent_size=64, latent_channels=model.vae.config["latent_channels"], channels=(320, 640, 1280, 1280),
         layers_per_block=2, attention=(True, True, True, False), heads=8,
-        context_dim=model.text_encoder.config.hidden_size,
+        context_dim=states_width(model.towers),
     )  # fmt: skip
     save_model(dataclasses.replace(model, unet=unet), folder)
 
@@ -223,7 +224,7 @@ def write_model(kind: str, folder: Path, start: Path) -> None:
     if kind == "quickstart":
         recipe = load_recipe(ROOT / "configs" / "quickstart.yaml", ())
         torch.manual_seed(0)
-        unet = build.new_model(recipe, model.vae, model.text_encoder, model.tokenizer).unet
+        unet = build.new_model(recipe, model.vae, model.towers).unet
         model = dataclasses.replace(model, unet=unet)
     save_model(model, folder, torch.float32)
 
@@ -301,7 +302,7 @@ def flops_an_image(model: Path, resolution: int) -> float:
     unet, side = found.unet.train().requires_grad_(True), resolution // 8
     unet.to(device="meta")  # type: ignore[call-arg]
     x = torch.empty(1, unet.config["in_channels"], side, side, device="meta")
-    context = torch.empty(1, found.tokenizer.model_max_length, found.text_encoder.config.hidden_size, device="meta")
+    context = torch.empty(1, prompt_length(found.towers), states_width(found.towers), device="meta")
     with FlopCounterMode(display=False) as counter:
         out = unet(x, torch.zeros(1, device="meta"), encoder_hidden_states=context, return_dict=False)[0]
         out.sum().backward()

@@ -29,7 +29,8 @@ from latentgen.engine.meter import Meter
 from latentgen.engine.settings import LoopSettings, StagePaths
 from latentgen.engine.task import MicroBatches
 from latentgen.engine.world import make_world
-from latentgen.formats.model_folder import Model, load_model
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import load_model
 from latentgen.models.autoencoder import encode_moments
 from latentgen.models.quick import quicken
 from latentgen.models.text import encode_text
@@ -55,7 +56,7 @@ class Uncached:
         return {
             "mean": mean.cpu(),
             "std": std.cpu(),
-            "context": encode_text(self.model.text_encoder, self.model.tokenizer, captions),
+            "context": encode_text(self.model.towers, captions).states,
         }
 
 
@@ -132,8 +133,8 @@ def fetcher(model: Model, source: Source, caches: Path | None) -> Callable[[Draw
     if caches is None:
         return Uncached(model, source)
     moments = cache_latents(model, source, caches, flip=False, share=Share())
-    states, rows = cache_text(model, source, caches, captions=1, share=Share())
-    return CachedBatches(moments, states, rows, 0.0)
+    texts = cache_text(model, source, caches, captions=1, share=Share())
+    return CachedBatches(moments, texts.states, texts.rows, 0.0)
 
 
 def main() -> None:

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from latentgen.core.rand import Draw
 from latentgen.diffusion.noise_tables import NoiseTable
-from latentgen.formats.model_folder import Model
+from latentgen.formats.model import Model
 from latentgen.models.autoencoder import build_autoencoder
 from latentgen.models.clip import Clip, ClipShape, build_clip, to_transformers
-from latentgen.models.text import train_tokenizer
+from latentgen.models.text import Tower, train_tokenizer
 from latentgen.models.unet import build_unet
 from latentgen.recipe.load import load_recipe
 from latentgen.recipe.schema import Recipe
@@ -86,6 +86,7 @@ def build_tiny(prediction: str = "v", seed: int = 0) -> Model:
     """Pictures of 16x16 pixels, latents [4, 4, 4], captions of 10 tokens."""
     tokenizer = train_tokenizer(["a red circle", "a blue star", "picture one two three"] * 2, 560, 10)
     clip = build_tiny_clip(len(tokenizer))
+    encoder = to_transformers(clip, bos_token_id=len(tokenizer) - 2, pad_token_id=len(tokenizer) - 1)
     torch.manual_seed(seed)
     vae = build_autoencoder(
         resolution=SIDE, latent_channels=4, channels=(8, 8, 8), layers_per_block=1, norm_groups=4, mid_attention=False
@@ -102,8 +103,7 @@ def build_tiny(prediction: str = "v", seed: int = 0) -> Model:
     )
     return Model(
         vae=vae.eval(),
-        text_encoder=to_transformers(clip, bos_token_id=len(tokenizer) - 2, pad_token_id=len(tokenizer) - 1),
-        tokenizer=tokenizer,
+        towers=(Tower("text_encoder", encoder, tokenizer),),
         unet=unet.eval(),
         prediction=prediction,
         schedule={"shift": 1.0} if prediction == "flow" else asdict(NoiseTable()),

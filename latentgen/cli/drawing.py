@@ -13,7 +13,8 @@ import torch
 from latentgen import __version__
 from latentgen.core.errors import UserError
 from latentgen.core.files import file_sha256
-from latentgen.formats.model_folder import Model, load_model
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import load_model
 from latentgen.models.autoencoder import factor
 from latentgen.pipelines.generate import Request, generate, parameters_line
 from latentgen.pipelines.pictures import grid, save_png

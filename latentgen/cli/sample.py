@@ -80,6 +80,11 @@ def sample(
             help='Noise levels to visit: karras, beta, "flow,shift=3", fitted ...; default: the model\'s own.'
         ),
     ] = None,
+    image: Annotated[Path | None, typer.Option(help="Start from this picture.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="White where --image is drawn anew, black where it stays.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Of the change to --image, 0 to 1; default: 0.8, with a mask 1.")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: what the model was trained on.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: what the model was trained on.")] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures drawn together.")] = 8,
@@ -115,6 +120,9 @@ def sample(
             schedule=schedule,
             height=side if height is None else height,
             width=side if width is None else width,
+            image=None if image is None else str(image),
+            mask=None if mask is None else str(mask),
+            strength=strength,
         )
         for prompt in wanted
         for number in range(num)

@@ -103,15 +103,19 @@ class CachedBatches:
         states: [m, t, d] text states; row 0 is the empty caption.
         rows: for each example, the rows of `states` that describe it.
         dropout: share of captions replaced by the empty one.
+        pooled: [m, p] the same texts as one vector each, for networks that read them.
+        sizes: for each example, the sizes and the cut that the network is told.
     """
 
     moments: NDArray[np.float16]
     states: NDArray[np.float16]
     rows: Sequence[tuple[int, ...]]
     dropout: float
+    pooled: NDArray[np.float16] | None = None
+    sizes: Sequence[Sequence[float]] | None = None
 
     def __call__(self, draw: Draw) -> dict[str, Tensor]:
-        """`mean` and `std` [b, c, h, w] of raw latents, `context` [b, t, d]; float32."""
+        """`mean`, `std` [b, c, h, w] of raw latents, `context` [b, t, d], if any `pooled` [b, p], `sizes` [b, 6]."""
         at = torch.tensor(draw.indices)
         examples = len(self.rows)
         if len(self.moments) > examples:
@@ -121,4 +125,9 @@ class CachedBatches:
         options = (self.rows[index] for index in draw.indices)
         rows = [0 if d else o[int(c * len(o))] for o, c, d in zip(options, choice, drop, strict=True)]
         context = torch.from_numpy(np.asarray(self.states[rows], dtype=np.float32))
-        return {"mean": moments[:, 0], "std": moments[:, 1], "context": context}
+        batch = {"mean": moments[:, 0], "std": moments[:, 1], "context": context}
+        if self.pooled is not None:
+            batch["pooled"] = torch.from_numpy(np.asarray(self.pooled[rows], dtype=np.float32))
+        if self.sizes is not None:
+            batch["sizes"] = torch.tensor([self.sizes[index] for index in draw.indices], dtype=torch.float32)
+        return batch

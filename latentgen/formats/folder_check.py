@@ -5,44 +5,60 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from latentgen.core.errors import UserError
 
 INDEX = "model_index.json"
-PARTS = {
-    "unet": ("UNet2DConditionModel", "diffusion_pytorch_model"),
-    "vae": ("AutoencoderKL", "diffusion_pytorch_model"),
-    "text_encoder": ("CLIPTextModel", "model"),
+DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
+"""Beginnings of the names of weight files."""
+PARTS: dict[str, dict[str, str]] = {
+    "unet": {"UNet2DConditionModel": DIFFUSERS},
+    "vae": {"AutoencoderKL": DIFFUSERS, "AutoencoderTiny": DIFFUSERS},
+    "text_encoder": {"CLIPTextModel": TRANSFORMERS},
+    "text_encoder_2": {"CLIPTextModelWithProjection": TRANSFORMERS},
 }
+"""The networks of a model, the classes each may be, and how their weights are called."""
 
 
-def check_folder(folder: Path) -> dict[str, str | None]:
+class Part(NamedTuple):
+    """A network in a folder: the name of its class, and the variant of its weights ("fp16" where only those exist)."""
+
+    kind: str
+    variant: str | None
+
+
+def check_folder(folder: Path) -> dict[str, Part]:
     """Look at every file of a model folder without loading it.
 
     Returns:
-        For each of unet, vae and text_encoder the variant of its weights: None, or "fp16" where only files named so
-        exist.
+        The networks that are there: unet, vae, and text_encoder or text_encoder_2 or both.
 
     Raises:
         UserError: one line that names the file and what is wrong with it.
     """
     _require_index(folder)
     index = read_json(folder / INDEX)
-    if index.get("text_encoder_2"):
-        raise UserError(f"{folder} is a {index.get('_class_name')}: models with two text encoders are not supported")
-    for part, (kind, _) in PARTS.items():
+    kinds: dict[str, str] = {}
+    for part, known in PARTS.items():
         found = index.get(part)
-        if not (isinstance(found, list) and found[-1:] == [kind]):
-            raise UserError(f"{folder} is a {index.get('_class_name')} with {part} {found}; only {kind} is supported")
-    for needed in ("scheduler/scheduler_config.json", *(f"{part}/config.json" for part in PARTS)):
+        if part in ("text_encoder", "text_encoder_2") and (not found or found == [None, None]):
+            continue
+        if not (isinstance(found, list) and found and found[-1] in known):
+            kind = index.get("_class_name")
+            raise UserError(f"{folder} is a {kind} with {part} {found}; only {' and '.join(known)} is supported")
+        kinds[part] = found[-1]
+    towers = [part for part in kinds if part.startswith("text_encoder")]
+    if not towers:
+        raise UserError(f"{folder} is a {index.get('_class_name')} without text_encoder; copy the folder again")
+    for needed in ("scheduler/scheduler_config.json", *(f"{part}/config.json" for part in kinds)):
         _require_file(folder, needed)
         read_json(folder / needed)
-    tokenizer = folder / "tokenizer"
-    if not (tokenizer / "tokenizer.json").is_file():
-        for needed in ("tokenizer/vocab.json", "tokenizer/merges.txt"):
-            _require_file(folder, needed)
-    return {part: _check_weights(folder, part, stem) for part, (_, stem) in PARTS.items()}
+    for tokenizer in (part.replace("text_encoder", "tokenizer") for part in towers):
+        if not (folder / tokenizer / "tokenizer.json").is_file():
+            for needed in (f"{tokenizer}/vocab.json", f"{tokenizer}/merges.txt"):
+                _require_file(folder, needed)
+    return {part: Part(kind, _check_weights(folder, part, PARTS[part][kind])) for part, kind in kinds.items()}
 
 
 def _require_index(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """The model folder: the diffusers layout, written complete or not at all, and read with plain words for what is wrong.
 
-* model_index.json: which class each part is; StableDiffusionPipeline opens the folder
-* unet/, vae/, text_encoder/: config.json and safetensors
-* tokenizer/: tokenizer.json, tokenizer_config.json
+* model_index.json: which class each part is, and which pipeline of diffusers opens the folder
+* unet/, vae/, text_encoder/, in SDXL's family text_encoder_2/: config.json and safetensors
+* tokenizer/, tokenizer_2/: tokenizer.json, tokenizer_config.json
 * scheduler/: scheduler_config.json, the process the U-Net was trained on (`formats.scheduler`)
 * latentgen.json: what trained it (ours; other tools ignore it)
 * clip/: both contrastive towers, where they were trained here (ours)
@@ -11,65 +11,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from latentgen import __version__
 from latentgen.core.errors import UserError
 from latentgen.core.files import write_folder, write_json
 from latentgen.core.tensors import require_finite
-from latentgen.diffusion.parameterization import Parameterization
-from latentgen.formats.folder_check import check_folder, read_json
-from latentgen.formats.scheduler import library_of, parameterization, read_schedule, scheduler_config
+from latentgen.formats.folder_check import INDEX, check_folder, read_json
+from latentgen.formats.model import Model
+from latentgen.formats.scheduler import library_of, read_schedule, scheduler_config
+from latentgen.models.text import Tower, projects
 
 if TYPE_CHECKING:
     from latentgen.models.clip import Clip
 
-INDEX, METADATA, SCHEDULER = "model_index.json", "latentgen.json", "scheduler/scheduler_config.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """Everything that turns text into pictures.
-
-    Attributes:
-        vae: between pictures and latents.
-        text_encoder: token ids to context.
-        tokenizer: text to token ids.
-        unet: the denoising network.
-        prediction: what the U-Net predicts: "eps", "v", "x0", "flow", "edm" or "ve".
-        schedule: the numbers of the process, plain data, as `formats.scheduler` describes them.
-        metadata: JSON values; kept in latentgen.json.
-    """
-
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    unet: UNet2DConditionModel
-    prediction: str
-    schedule: Mapping[str, Any]
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
-    def parameterization(self) -> Parameterization:
-        """What `prediction` and `schedule` mean.
-
-        Raises:
-            UserError: an unknown prediction or noise table.
-        """
-        return parameterization(self.prediction, self.schedule)
-
-    @property
-    def learned_variance(self) -> bool:
-        """Whether the second half of the U-Net's channels speaks of the variance (arXiv 2102.09672, eq. 15)."""
-        return self.unet.config["out_channels"] == 2 * self.vae.config["latent_channels"]
+METADATA, SCHEDULER = "latentgen.json", "scheduler/scheduler_config.json"
+CLASSES: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (UNet2DConditionModel, AutoencoderKL, AutoencoderTiny, CLIPTextModel, CLIPTextModelWithProjection)
+}
 
 
 def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None, *, clip: Clip | None = None) -> None:
@@ -89,7 +57,7 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None, *, 
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file()):
         raise UserError(f"{folder} exists and is not a model folder: it is left as it is; choose another name")
     scheduler = scheduler_config(model.prediction, model.schedule, model.learned_variance)
-    networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
+    networks = model.networks()
     for name, network in (networks | ({"clip": clip} if clip is not None else {})).items():
         stored = network.state_dict() if name == "clip" else _stored(network, dtype)
         require_finite({f"{name}/{key}": value for key, value in stored.items()}, f"the model folder {folder}")
@@ -98,15 +66,16 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None, *, 
         with quiet_libraries():
             for name, network in networks.items():
                 _cast(network, dtype).save_pretrained(target / name, safe_serialization=True)
-            _open_in_float32(target / "text_encoder" / "config.json")
-            model.tokenizer.save_pretrained(target / "tokenizer")
+            for tower in model.towers:
+                _open_in_float32(target / tower.name / "config.json")
+                tower.tokenizer.save_pretrained(target / tower.tokenizer_name)
         write_json(target / SCHEDULER, scheduler)
         write_json(target / METADATA, {"latentgen": __version__, "metadata": dict(model.metadata)})
         if clip is not None:
             from latentgen.models.clip import save_clip
 
             save_clip(clip, target / "clip")
-        write_json(target / INDEX, _index(scheduler["_class_name"]))
+        write_json(target / INDEX, _index(model, scheduler["_class_name"]))
 
     write_folder(folder, fill)
 
@@ -134,23 +103,40 @@ def _cast(network: Any, dtype: torch.dtype | None) -> Any:
     return copy.deepcopy(network).to(dtype)
 
 
-def _index(scheduler: str) -> dict[str, Any]:
+def _index(model: Model, scheduler: str) -> dict[str, Any]:
     from diffusers import __version__ as diffusers_version
 
     absent = [None, None]
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": diffusers_version,
+    large = projects(model.towers)
+    named = {tower.name: tower for tower in model.towers}
+    names = ("text_encoder", "text_encoder_2") if large else ("text_encoder",)
+    parts: dict[str, Any] = {
         "feature_extractor": absent,
         "image_encoder": absent,
-        "requires_safety_checker": False,
-        "safety_checker": absent,
         "scheduler": [library_of(scheduler), scheduler],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "unet": ["diffusers", type(model.unet).__name__],
+        "vae": ["diffusers", type(model.vae).__name__],
     }
+    for name in names:
+        encoder = ["transformers", type(named[name].encoder).__name__] if name in named else absent
+        parts |= {
+            name: encoder,
+            name.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"] if name in named else absent,
+        }
+    if large:
+        parts["force_zeros_for_empty_prompt"] = model.zero_empty
+        if model.sizes == 5 or model.inpaints:  # the pipelines that know this word
+            parts["requires_aesthetics_score"] = model.sizes == 5
+    else:
+        parts |= {"requires_safety_checker": False, "safety_checker": absent}
+    return {"_class_name": _pipeline(model), "_diffusers_version": diffusers_version, **dict(sorted(parts.items()))}
+
+
+def _pipeline(model: Model) -> str:
+    """The pipeline of diffusers that draws with the model."""
+    large = "XL" if projects(model.towers) else ""
+    kind = "Inpaint" if model.inpaints else "Img2Img" if model.sizes == 5 else ""
+    return f"StableDiffusion{large}{kind}Pipeline"
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
@@ -167,29 +153,40 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
         UserError: the folder is missing, is something else, is half-copied, or its parts do not fit together.
     """
     folder = Path(folder)
-    variants = check_folder(folder)
-    where = str(folder / SCHEDULER)
-    prediction, schedule = read_schedule(read_json(folder / SCHEDULER), where)
+    parts = check_folder(folder)
+    prediction, schedule = read_schedule(read_json(folder / SCHEDULER), str(folder / SCHEDULER))
     with quiet_libraries():
-        model = Model(
-            unet=_load(UNet2DConditionModel, folder / "unet", variants["unet"], torch_dtype=dtype).to(device),
-            vae=_load(AutoencoderKL, folder / "vae", variants["vae"], torch_dtype=dtype).to(device),
-            text_encoder=_load(CLIPTextModel, folder / "text_encoder", variants["text_encoder"], dtype=dtype).to(
-                device
-            ),
-            tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-            prediction=prediction,
-            schedule=schedule,
-            metadata=load_metadata(folder),
+        opened = {name: _load(CLASSES[part.kind], folder / name, part.variant, dtype) for name, part in parts.items()}
+        towers = tuple(
+            Tower(name, network.to(device), _tokenizer(folder / name.replace("text_encoder", "tokenizer")))
+            for name, network in opened.items()
+            if name.startswith("text_encoder")
         )
-    _require_fit(model, folder)
+    vae = opened["vae"]
+    if dtype == torch.float16 and vae.config["force_upcast"]:
+        vae = vae.float()  # this one's activations do not fit float16
+    model = Model(
+        unet=opened["unet"].to(device),
+        vae=vae.to(device),
+        towers=towers,
+        prediction=prediction,
+        schedule=schedule,
+        zero_empty=bool(read_json(folder / INDEX).get("force_zeros_for_empty_prompt", False)),
+        metadata=load_metadata(folder),
+    )
+    model.require_fit(str(folder))
     return model
 
 
-def _load(kind: Any, folder: Path, variant: str | None, **dtype: torch.dtype) -> Any:
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _load(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+    named = {"dtype" if kind.__module__.startswith("transformers") else "torch_dtype": dtype}
     try:
         network, report = kind.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, variant=variant, output_loading_info=True, **dtype
+            folder, local_files_only=True, use_safetensors=True, variant=variant, output_loading_info=True, **named
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         first = " ".join(str(error).split())[:300]
@@ -207,29 +204,6 @@ def load_metadata(folder: Path) -> dict[str, Any]:
         return {}
     content = read_json(folder / METADATA).get("metadata", {})
     return content if isinstance(content, dict) else {}
-
-
-def _require_fit(model: Model, folder: Path) -> None:
-    """Raise UserError where parts of different models were put together."""
-    unet, text, vae = model.unet.config, model.text_encoder.config, model.vae.config
-    context = unet["cross_attention_dim"]
-    if isinstance(context, int) and context != text.hidden_size:
-        raise UserError(
-            f"{folder}: the U-Net reads text states of width {context}, the text encoder makes {text.hidden_size}"
-        )
-    if unet["out_channels"] not in (vae["latent_channels"], 2 * vae["latent_channels"]):
-        raise UserError(
-            f"{folder}: the U-Net has {unet['out_channels']} latent channels, the autoencoder {vae['latent_channels']}"
-        )
-    if len(model.tokenizer) > text.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {len(model.tokenizer)} tokens, the text encoder knows {text.vocab_size}"
-        )
-    if model.tokenizer.model_max_length > text.max_position_embeddings:
-        raise UserError(
-            f"{folder}: captions of {model.tokenizer.model_max_length} tokens, the text encoder takes "
-            f"{text.max_position_embeddings}; set model_max_length in tokenizer/tokenizer_config.json"
-        )
 
 
 @contextmanager

@@ -13,13 +13,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from latentgen.core.errors import UserError
+
+Vae = AutoencoderKL | AutoencoderTiny
+"""The full one, and the small one that some use for speed (TAESD); only the first is trained here."""
 
 
 def build_autoencoder(
@@ -122,12 +125,12 @@ def _zero(conv: nn.Module) -> None:
 SCHEMES = ("default", "residual", "patch")
 
 
-def factor(vae: AutoencoderKL) -> int:
+def factor(vae: Vae) -> int:
     """Pixels of the picture per pixel of the latents, along each side."""
     return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
-def _require_multiple(vae: AutoencoderKL, image: Tensor) -> None:
+def _require_multiple(vae: Vae, image: Tensor) -> None:
     height, width = image.shape[-2:]
     if height % factor(vae) or width % factor(vae):
         raise UserError(
@@ -135,8 +138,8 @@ def _require_multiple(vae: AutoencoderKL, image: Tensor) -> None:
         )
 
 
-def encode_moments(vae: AutoencoderKL, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the raw latents of pictures.
+def encode_moments(vae: Vae, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the raw latents of pictures; an AutoencoderTiny gives one latent, not a spread.
 
     Args:
         vae: the autoencoder.
@@ -150,6 +153,8 @@ def encode_moments(vae: AutoencoderKL, image: Tensor) -> tuple[Tensor, Tensor]:
     """
     _require_multiple(vae, image)
     posterior = vae.encode(image, return_dict=False)[0]
+    if isinstance(posterior, Tensor):
+        return posterior, torch.zeros_like(posterior)
     return posterior.mean, posterior.std
 
 
@@ -158,23 +163,23 @@ def sample_latents(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
     return mean + std * noise
 
 
-def _shift_and_scale(vae: AutoencoderKL) -> tuple[float, float]:
+def _shift_and_scale(vae: Vae) -> tuple[float, float]:
     return vae.config["shift_factor"] or 0.0, vae.config["scaling_factor"]
 
 
-def latents_of(vae: AutoencoderKL, z: Tensor) -> Tensor:
+def latents_of(vae: Vae, z: Tensor) -> Tensor:
     """The latents that diffusion works on, from raw latents z [b, c, h, w]: `(z - shift_factor) * scaling_factor`."""
     shift, scale = _shift_and_scale(vae)
     return (z - shift) * scale
 
 
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode(vae: Vae, latents: Tensor) -> Tensor:
     """Pictures [b, 3, h*f, w*f], about [-1, 1] and not clamped, from the latents [b, c, h, w] of diffusion."""
     shift, scale = _shift_and_scale(vae)
     return _decode_raw(vae, latents / scale + shift)
 
 
-def _decode_raw(vae: AutoencoderKL, z: Tensor) -> Tensor:
+def _decode_raw(vae: Vae, z: Tensor) -> Tensor:
     raw: Any = z  # annotated as a legacy tensor type by the library
     return vae.decode(raw, return_dict=False)[0]
 

@@ -10,14 +10,16 @@ import json
 import logging
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from latentgen.core.errors import UserError
+from latentgen.models.context import Context
 
 log = logging.getLogger(__name__)
 
@@ -124,10 +126,59 @@ def _report_cut(length: int, cut: int, caption: str) -> None:
 _cut_reported = threading.Event()  # loader threads tokenize too
 
 
-def encode_text(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """Context [b, t, d] for the U-Net: the last hidden states after the final normalisation, one row per caption.
+@dataclass(frozen=True)
+class Tower:
+    """A text encoder and its tokenizer.
 
-    As in Stable Diffusion 1 there is no attention mask: padding takes part.
+    Args:
+        name: what other tools call it: "text_encoder", or "text_encoder_2" (SDXL's second; the refiner's only one).
+        encoder: with a projection in SDXL's second tower, without elsewhere.
     """
-    ids = tokenize(tokenizer, captions).to(text_encoder.device)
-    return text_encoder(input_ids=ids).last_hidden_state
+
+    name: str
+    encoder: CLIPTextModel | CLIPTextModelWithProjection
+    tokenizer: CLIPTokenizer
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.name.replace("text_encoder", "tokenizer")
+
+
+def encode_text(towers: Sequence[Tower], captions: Sequence[str]) -> Context:
+    """What the U-Net reads of captions, one row each, without sizes. There is no attention mask: padding takes part.
+
+    Of one tower without projection these are its last hidden states after the final normalisation, as in Stable
+    Diffusion 1 and 2. With projections (SDXL, arXiv 2307.01952, section 2.1) they are the last but one of every tower,
+    side by side, and the last tower's projection is the pooled text.
+    """
+    return encode_tokens(towers, [tokenize(tower.tokenizer, captions) for tower in towers])
+
+
+def encode_tokens(towers: Sequence[Tower], tokens: Sequence[Tensor]) -> Context:
+    """`encode_text` of token ids `[b, t]`, one tensor a tower."""
+    pairs = [(tower.encoder, ids.to(tower.encoder.device)) for tower, ids in zip(towers, tokens, strict=True)]
+    if not projects(towers):
+        ((encoder, ids),) = pairs
+        return Context(encoder(input_ids=ids).last_hidden_state)
+    given = [encoder(input_ids=ids, output_hidden_states=True) for encoder, ids in pairs]
+    return Context(torch.cat([out.hidden_states[-2] for out in given], dim=-1), given[-1].text_embeds)
+
+
+def projects(towers: Sequence[Tower]) -> bool:
+    """Whether the last tower gives a pooled text, as in SDXL."""
+    return isinstance(towers[-1].encoder, CLIPTextModelWithProjection)
+
+
+def states_width(towers: Sequence[Tower]) -> int:
+    """Width d of the states `[b, t, d]`."""
+    return sum(tower.encoder.config.hidden_size for tower in towers)
+
+
+def pooled_width(towers: Sequence[Tower]) -> int:
+    """Width p of the pooled text `[b, p]`; 0 where there is none."""
+    return int(towers[-1].encoder.config.projection_dim or 0) if projects(towers) else 0
+
+
+def prompt_length(towers: Sequence[Tower]) -> int:
+    """Tokens t of a caption, padded or cut; all towers read as many."""
+    return min(tower.tokenizer.model_max_length for tower in towers)

@@ -10,7 +10,7 @@ from latentgen.core.errors import UserError
 from latentgen.diffusion.fitted import Fit, fit, reference
 from latentgen.diffusion.guidance import parse, remembers
 from latentgen.diffusion.samplers import find_sampler
-from latentgen.formats.model_folder import Model
+from latentgen.formats.model import Model
 from latentgen.pipelines.generate import Request, check, prepare
 from latentgen.pipelines.guiding import split_prompt, weak_model
 

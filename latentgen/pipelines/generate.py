@@ -26,10 +26,12 @@ from latentgen.diffusion.samplers import canonical, find_sampler, resolve
 from latentgen.diffusion.samplers.single import ddpm
 from latentgen.diffusion.schedules import find_schedule
 from latentgen.diffusion.variational import LogVariances
+from latentgen.diffusion.wrappers import masked
 from latentgen.formats.fitted_schedules import Fitted, find_fitted
-from latentgen.formats.model_folder import Model
+from latentgen.formats.model import Model
 from latentgen.formats.scheduler import usual_schedule
 from latentgen.models.autoencoder import decode, factor
+from latentgen.pipelines.editing import check_edit, given, steps_left, strength_of
 from latentgen.pipelines.guiding import Wish, check_guidance, check_negative_prompt, guided, split_prompt, weak_model
 from latentgen.pipelines.pictures import to_pictures
 
@@ -54,6 +56,10 @@ class Request:
         schedule: a name of `diffusion.schedules` with its knobs, such as "karras,rho=5", or "fitted"; None is what the
             model's process was made for.
         height, width: pixels, multiples of the autoencoder's factor.
+        image: file of a picture to start from; None starts from noise.
+        mask: file of a picture, white where `image` is to be drawn anew, black where it stays; None is all white.
+        strength: how much of the process is gone through, above 0 (keeps nearly all of `image`) up to 1 (keeps
+            nothing of it where it is drawn); None is 1 with a mask and 0.8 without.
     """
 
     prompt: str
@@ -66,6 +72,9 @@ class Request:
     schedule: str | None = None
     height: int = 64
     width: int = 64
+    image: str | None = None
+    mask: str | None = None
+    strength: float | None = None
 
 
 def check(request: Request, model: Model) -> None:
@@ -81,6 +90,7 @@ def check(request: Request, model: Model) -> None:
     if not -(2**63) <= request.seed < 2**64:
         raise UserError(f"--seed {request.seed}: choose one of 64 bits, such as 0 to {2**63 - 1}")
     check_negative_prompt(request.guidance, request.negative_prompt)
+    check_edit(request, find_sampler(request.sampler).own_steps)
     check_guidance(_wish(request, _sigmas(request, model)), model)
     if _augmented_dim(model) is not None and find_sampler(request.sampler).noise:
         raise UserError(f"--sampler {request.sampler}: it adds normal noise, which is not PFGM++'s; choose heun")
@@ -90,7 +100,7 @@ def steps_of(requests: Sequence[Request]) -> int | None:
     """How many steps `generate` will report of these; None where only drawing them can tell."""
     if any(find_sampler(request.sampler).own_steps for request in requests):
         return None
-    return sum(request.num_inference_steps for request in requests)
+    return sum(max(1, int(strength_of(request) * request.num_inference_steps)) for request in requests)
 
 
 @torch.no_grad()
@@ -163,7 +173,8 @@ def _settings(request: Request) -> tuple[Request, tuple[float, ...]]:
 
 def _wish(request: Request, sigmas: Tensor) -> Wish:
     _, weights = split_prompt(request.prompt, request.guidance)
-    return Wish(request.guidance, request.guidance_scale, request.sampler, tuple(sigmas.tolist()), weights)
+    size = (request.height, request.width)
+    return Wish(request.guidance, request.guidance_scale, request.sampler, tuple(sigmas.tolist()), weights, size)
 
 
 def start_noise(request: Request, channels: int, times: int, augmented_dim: float | None = None) -> Tensor:
@@ -202,13 +213,20 @@ class Prepared(NamedTuple):
 
 def prepare(model: Model, batch: Sequence[Request], weak: Model | None = None) -> Prepared:
     """Words, noise and levels of requests with equal settings, for ONE sampling call; `weak` is for autoguidance."""
-    first, channels, times = batch[0], model.vae.config["latent_channels"], factor(model.vae)
-    sigmas = _sigmas(first, model)
+    first, channels, times = batch[0], model.latent_channels, factor(model.vae)
+    sigmas = steps_left(first, _sigmas(first, model))
+    edit = given(model, batch)
     noise = torch.cat([start_noise(r, channels, times, _augmented_dim(model)) for r in batch])
     # Noise alone, as k-diffusion and diffusers start: the data's share of the spread is 0.2 percent at sigma_max 14.6.
     x = float(sigmas[0]) * noise.to(model.unet.device)
+    if edit.latents is not None and strength_of(first) < 1:
+        x = x + edit.latents
     prompts = [split_prompt(r.prompt, r.guidance)[0] for r in batch]
-    denoise, log_variance = guided(model, weak, _wish(first, sigmas), prompts, [r.negative_prompt for r in batch])
+    denoise, log_variance = guided(
+        model, weak, _wish(first, sigmas), prompts, [r.negative_prompt for r in batch], edit.channels
+    )
+    if edit.mask is not None and edit.latents is not None:
+        denoise = masked(denoise, edit.latents, edit.mask)
     return Prepared(denoise, x, sigmas, log_variance)
 
 

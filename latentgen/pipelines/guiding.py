@@ -17,8 +17,9 @@ from latentgen.diffusion.guidance import Part, batched, bind, build, parse
 from latentgen.diffusion.parameterization import Denoiser, denoiser
 from latentgen.diffusion.variational import LogVariances, interpolated_log_variance
 from latentgen.formats.folder_check import check_folder
-from latentgen.formats.model_folder import Model, load_model
-from latentgen.models.text import encode_text
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import load_model
+from latentgen.models.context import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, Context, join, sizes_of
 from latentgen.models.unet import perturbed_attention, self_attentions
 
 AND = " AND "
@@ -34,6 +35,7 @@ class Wish:
         sampler: `NAME[,key=value]...`, as `diffusion.samplers.find_sampler` reads it.
         levels: the noise levels it visits.
         weights: of the prompts of a composition; (1.0,) where there is none.
+        size: height and width of the pictures, in pixels; some U-Nets are told.
     """
 
     guidance: tuple[str, ...]
@@ -41,6 +43,7 @@ class Wish:
     sampler: str
     levels: tuple[float, ...]
     weights: tuple[float, ...] = (1.0,)
+    size: tuple[int, int] = (0, 0)
 
 
 def split_prompt(prompt: str, guidance: Sequence[str]) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -111,7 +114,12 @@ def weak_model(guidance: Sequence[str], model: Model) -> Model | None:
 
 @torch.no_grad()
 def guided(
-    model: Model, weak: Model | None, wish: Wish, prompts: Sequence[Sequence[str]], negative: Sequence[str]
+    model: Model,
+    weak: Model | None,
+    wish: Wish,
+    prompts: Sequence[Sequence[str]],
+    negative: Sequence[str],
+    channels: Tensor | None = None,
 ) -> tuple[Denoiser, LogVariances | None]:
     """A denoiser for one sampling call, and the variance that the network learned for its reverse steps, if it did.
 
@@ -121,6 +129,7 @@ def guided(
         weak: from `weak_model`.
         prompts: for every picture, as many as `wish.weights`.
         negative: for every picture what to stay away from.
+        channels: `[b, k, h, w]`, shown to the U-Net beside the noisy latents, from `pipelines.editing`.
     """
     parts = parse(wish.guidance)
     texts = {"cond" if n == 0 else f"cond{n + 1}": [own[n] for own in prompts] for n in range(len(wish.weights))}
@@ -128,8 +137,10 @@ def guided(
     layers = _knob(parts, "pag", "layers")
     if layers is not None:
         texts["weak"] = texts["cond"]
-    strong = _Network(model, texts, layers)
-    second = None if weak is None else _Network(weak, {"weak": texts["cond"]}, None)
+    strong = _Network(model, texts, layers, wish.size, channels)
+    second = None
+    if weak is not None:
+        second = _Network(weak, {"weak": texts["cond"]}, None, wish.size, channels if weak.inpaints else None)
 
     def predict(rows: Mapping[str, Tensor], x: Tensor, sigma: Tensor) -> dict[str, Tensor]:
         if second is None:
@@ -145,21 +156,29 @@ def guided(
 
 
 class _Network:
-    """A U-Net with the text states of a batch, {kind: [b, t, d]}; the kind `weak` has perturbed attention."""
+    """A U-Net with what it reads of a batch's texts, by kind; the kind `weak` has perturbed attention."""
 
-    def __init__(self, model: Model, texts: Mapping[str, list[str]], perturbed: str | None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        texts: Mapping[str, list[str]],
+        perturbed: str | None,
+        size: tuple[int, int],
+        channels: Tensor | None = None,
+    ) -> None:
+        self.channels = channels
         self.unet, self.parameterization = model.unet, model.parameterization()
-        self.states = {kind: encode_text(model.text_encoder, model.tokenizer, own) for kind, own in texts.items()}
+        self.contexts = {kind: _context(model, own, size, kind) for kind, own in texts.items()}
         self.perturbed = self_attentions(model.unet, perturbed) if perturbed is not None else []
-        self.learned_variance = model.unet.config["out_channels"] == 2 * model.unet.config["in_channels"]
+        self.learned_variance = model.learned_variance
         self.head: Tensor | None = None
 
     def denoise_rows(self, x: Tensor, sigma: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """x0_hat [k, c, h, w], one block a kind."""
         unet = self.unet
         # Samplers that take many steps at once show every picture once a step, one step after the other.
-        states = {kind: self.states[kind][at % len(self.states[kind])] for kind, at in rows.items()}
-        context = torch.cat(list(states.values())).to(unet.dtype)
+        context = join([self._rows(kind, at) for kind, at in rows.items()])
+        shown = None if self.channels is None else self.channels[torch.cat(list(rows.values())) % len(self.channels)]
         weak = slice(0, 0)
         if self.perturbed and "weak" in rows:
             before = [len(at) for kind, at in rows.items()][: list(rows).index("weak")]
@@ -167,18 +186,31 @@ class _Network:
 
         def network(x_in: Tensor, c_noise: Tensor) -> Tensor:
             with perturbed_attention(self.perturbed if weak.stop else [], weak):
-                out = unet(x_in.to(unet.dtype), c_noise, encoder_hidden_states=context, return_dict=False)[0]
+                seen = x_in if shown is None else torch.cat([x_in, shown], dim=1)
+                out = unet(seen.to(unet.dtype), c_noise, **context.inputs(), return_dict=False)[0]
             if self.learned_variance and "cond" in rows:
                 self.head = out[: len(rows["cond"]), x_in.shape[1] :]  # `cond` is always the first block
             return out[:, : x_in.shape[1]]
 
         return denoiser(self.parameterization, network)(x, sigma)
 
+    def _rows(self, kind: str, at: Tensor) -> Context:
+        return self.contexts[kind].each(lambda part: part[at % len(part)].to(self.unet.dtype))
+
     def log_variance(self, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         """What the head said in the last evaluation, [b, c, h, w] (arXiv 2102.09672, eq. 15)."""
         assert self.head is not None, "asked before the first prediction"
         assert len(self.head) == len(x), "asked before every picture had its prediction"
         return interpolated_log_variance(self.head.to(x.dtype), sigma, sigma_next)
+
+
+def _context(model: Model, texts: Sequence[str], size: tuple[int, int], kind: str) -> Context:
+    context = model.encode(texts)
+    if model.sizes == 0:
+        return context
+    score = NEGATIVE_AESTHETIC_SCORE if kind == "uncond" else AESTHETIC_SCORE
+    row = sizes_of(model.sizes, original=size, corner=(0, 0), target=size, score=score)
+    return context._replace(sizes=torch.tensor([row] * len(texts), device=context.states.device))
 
 
 def _knob(parts: Sequence[Part], name: str, key: str) -> str | None:

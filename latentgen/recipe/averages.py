@@ -18,9 +18,11 @@ from latentgen.core.errors import UserError
 from latentgen.core.runfolder import RunFolder
 from latentgen.engine.ema_profiles import LONGEST
 from latentgen.engine.ema_snapshots import Rebuilt, rebuild
-from latentgen.formats.model_folder import Model, load_model, quiet_libraries, save_model
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import load_model, quiet_libraries, save_model
 from latentgen.models.autoencoder import AutoencoderForTraining, fold_whitening
 from latentgen.models.clip import Clip, load_clip, to_transformers
+from latentgen.models.text import Tower
 from latentgen.recipe import build
 from latentgen.recipe.load import load_recipe
 from latentgen.recipe.schema import Recipe
@@ -69,8 +71,10 @@ def export_average(
     else:
         assert clip is not None
         clip.load_state_dict(_inside(found.tensors, "clip."))
-        ids = {"bos_token_id": model.tokenizer.bos_token_id, "pad_token_id": model.tokenizer.pad_token_id}
-        model = dataclasses.replace(model, text_encoder=to_transformers(clip, **ids))  # type: ignore[arg-type]
+        tokenizer = model.towers[0].tokenizer
+        ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        tower = Tower("text_encoder", to_transformers(clip, **ids), tokenizer)  # type: ignore[arg-type]
+        model = dataclasses.replace(model, towers=(tower,))
     save_model(model, folder, clip=clip)
     return folder, found
 
@@ -100,7 +104,7 @@ def _model(files: RunFolder, recipe: Recipe) -> tuple[Model, Clip | None]:
     for stage, source in results.items():
         if source is None and not files.result(stage).is_dir():
             raise UserError(f"{files.path}: its stage {stage} is not finished, and a model folder needs it; train on")
-    clip = None
+    clip, zero_empty = None, False
     with quiet_libraries():
         if recipe.autoencoder.source is None:
             vae = AutoencoderKL.from_pretrained(files.result("vae"))
@@ -110,11 +114,12 @@ def _model(files: RunFolder, recipe: Recipe) -> tuple[Model, Clip | None]:
             result = files.result("clip")
             text_encoder = CLIPTextModel.from_pretrained(result / "text_encoder")
             tokenizer, clip = CLIPTokenizer.from_pretrained(result / "tokenizer"), load_clip(result / "clip")
+            towers = (Tower("text_encoder", text_encoder, tokenizer),)
         else:
             there = load_model(Path(recipe.text_encoder.source))
-            text_encoder, tokenizer = there.text_encoder, there.tokenizer
-    assert isinstance(vae, AutoencoderKL)
-    model = build.new_model(recipe, vae, text_encoder, tokenizer)
+            towers, zero_empty = there.towers, there.zero_empty
+    assert not isinstance(vae, dict)
+    model = build.new_model(recipe, vae, towers, zero_empty)
     values = recipe.model_dump(mode="json", by_alias=True)
     values["autoencoder"]["posterior"] = build.posterior(recipe)
     return dataclasses.replace(model, metadata={"recipe": values}), clip

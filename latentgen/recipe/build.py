@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentgen.core.errors import UserError
 from latentgen.core.rand import seed_of
@@ -28,9 +27,11 @@ from latentgen.diffusion.parameterization import EDM
 from latentgen.diffusion.samplers import find_sampler, resolve
 from latentgen.engine.settings import LoopSettings
 from latentgen.engine.trackers import check_trackers
-from latentgen.formats.model_folder import Model, load_metadata, load_model
-from latentgen.models.autoencoder import build_autoencoder, initialise
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import load_metadata, load_model
+from latentgen.models.autoencoder import Vae, build_autoencoder, factor, initialise
 from latentgen.models.clip import Clip, ClipShape, build_clip
+from latentgen.models.text import Tower, states_width
 from latentgen.models.unet import build_unet
 from latentgen.pipelines.generate import FITTED, Request
 from latentgen.pipelines.guiding import check_negative_prompt, split_prompt
@@ -199,11 +200,11 @@ def new_clip(recipe: Recipe, vocab_size: int, eos_token_id: int) -> Clip:
     )
 
 
-def new_unet(recipe: Recipe, vae: AutoencoderKL, context_dim: int) -> UNet2DConditionModel:
+def new_unet(recipe: Recipe, vae: Vae, context_dim: int) -> UNet2DConditionModel:
     """The denoising network the recipe describes, with random weights."""
     u = recipe.unet
     seeded(recipe, "unet")
-    times = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    times = factor(vae)
     if recipe.data.resolution % times:
         raise UserError(f"data.resolution: {recipe.data.resolution} is not a multiple of {times}, the VAE's reduction")
     return build_unet(
@@ -223,31 +224,28 @@ def new_unet(recipe: Recipe, vae: AutoencoderKL, context_dim: int) -> UNet2DCond
     )
 
 
-def new_model(recipe: Recipe, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> Model:
+def new_model(recipe: Recipe, vae: Vae, towers: tuple[Tower, ...], zero_empty: bool = False) -> Model:
     """The whole model at the start of the U-Net stage: `unet.from`'s network and process, or new ones.
+
+    Args:
+        zero_empty: of the model that the text encoders come from.
 
     Raises:
         UserError: `unet.from` does not fit the VAE or the text encoder, or predicts something else than asked.
     """
     if recipe.unet.source is None:
         prediction, schedule = process(recipe)
-        unet = new_unet(recipe, vae, text_encoder.config.hidden_size)
-        return Model(
-            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, prediction=prediction, schedule=schedule
-        )
-    start = load_model(Path(recipe.unet.source))
-    require_fit(recipe, start, vae, text_encoder.config.hidden_size)
-    return Model(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=start.unet,
-        prediction=start.prediction,
-        schedule=start.schedule,
-    )
+        unet = new_unet(recipe, vae, states_width(towers))
+    else:
+        start = load_model(Path(recipe.unet.source))
+        require_fit(recipe, start, vae, states_width(towers))
+        unet, prediction, schedule = start.unet, start.prediction, start.schedule
+    model = Model(vae=vae, towers=towers, unet=unet, prediction=prediction, schedule=schedule, zero_empty=zero_empty)
+    model.require_fit("autoencoder, text_encoder and unet")
+    return model
 
 
-def require_fit(recipe: Recipe, start: Model, vae: AutoencoderKL, context_dim: int) -> None:
+def require_fit(recipe: Recipe, start: Model, vae: Vae, context_dim: int) -> None:
     """Raise `UserError` unless the U-Net of `unet.from` fits the other two networks and predicts what is asked for."""
     target = recipe.diffusion.target
     if target is not None and target != start.prediction:
@@ -256,7 +254,7 @@ def require_fit(recipe: Recipe, start: Model, vae: AutoencoderKL, context_dim: i
             f"{start.prediction}; leave diffusion.target out"
         )
     for part, wanted, found in (
-        ("autoencoder", start.unet.config["in_channels"], vae.config["latent_channels"]),
+        ("autoencoder", start.latent_channels, vae.config["latent_channels"]),
         ("text_encoder", start.unet.config["cross_attention_dim"], context_dim),
     ):
         if wanted != found:

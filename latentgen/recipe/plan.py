@@ -15,10 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentgen.core.log import counted
 from latentgen.engine.muon import matrices_of, orthogonalised
-from latentgen.formats.model_folder import Model, load_model
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import load_model
 from latentgen.models.autoencoder import AutoencoderForTraining, factor
 from latentgen.models.clip import ClipForTraining
+from latentgen.models.context import Context, size_count
 from latentgen.models.late_interaction import late_similarity
+from latentgen.models.text import encode_tokens, prompt_length
 from latentgen.models.unet import count_parameters
 from latentgen.recipe import build
 from latentgen.recipe.load import dump_recipe
@@ -112,23 +115,23 @@ def make_plan(recipe: Recipe, examples: int | None = None) -> Plan:
         if recipe.autoencoder.source is None:
             flops = _vae_flops(recipe, vae)
             stages.append(_stage(recipe, "vae", vae, flops))
-        width, length, text_flops = _text(recipe, image, stages)
+        context, text_flops = _text(recipe, image, stages)
         if recipe.unet.source is None:
-            unet = build.new_unet(recipe, vae, width)
+            unet = build.new_unet(recipe, vae, context.states.shape[-1])
         else:
             model = _existing(recipe.unet.source)
-            build.require_fit(recipe, model, vae, width)
+            build.require_fit(recipe, model, vae, context.states.shape[-1])
             unet = _on_meta(model.unet)
+            if context.pooled is not None:
+                context = context._replace(sizes=torch.empty(PROBE, size_count(unet, context.pooled.shape[-1])))
         reduced = side // factor(vae)
         latents = torch.empty(PROBE, vae.config["latent_channels"], reduced, reduced)
-        flops = _training_flops(
-            unet.train(), latents, torch.empty(PROBE), encoder_hidden_states=torch.empty(PROBE, length, width)
-        )
+        flops = _training_flops(unet.train(), latents, torch.empty(PROBE), **context.inputs())
         stages.append(_stage(recipe, "unet", unet, flops))
         pictures = examples * (1 + recipe.data.flip)
         encode = flops_of(lambda: vae.encode(image)) / PROBE
     captions = examples * (recipe.data.captions or 4)  # an upper guess: equal captions are cached once
-    disk = 2 * (pictures * 2 * latents[0].numel() + captions * length * width)
+    disk = 2 * (pictures * 2 * latents[0].numel() + captions * context.states[0].numel())
     return Plan(tuple(stages), pictures * encode + captions * text_flops, disk)
 
 
@@ -203,22 +206,24 @@ def _vae_flops(recipe: Recipe, vae: AutoencoderKL) -> float:
     return patches * of(a.patch) + (1 - patches) * of(recipe.data.resolution)
 
 
-def _text(recipe: Recipe, image: Tensor, stages: list[StagePlan]) -> tuple[int, int, float]:
-    """Width and length of the text states, and FLOPs of one; plans the CLIP stage when it is trained."""
+def _text(recipe: Recipe, image: Tensor, stages: list[StagePlan]) -> tuple[Context, float]:
+    """What the U-Net reads of text, without sizes, and FLOPs of one; plans the CLIP stage when it is trained."""
     if recipe.text_encoder.source is not None:
-        model: Model = _existing(recipe.text_encoder.source)
-        length = model.tokenizer.model_max_length
-        encoder = _on_meta(model.text_encoder)
-        tokens = torch.zeros(PROBE, length, dtype=torch.long, device="meta")
-        flops = flops_of(lambda: encoder(input_ids=tokens)) / PROBE
-        return encoder.config.hidden_size, length, flops
+        towers = _existing(recipe.text_encoder.source).towers
+        for tower in towers:
+            _on_meta(tower.encoder)
+        tokens = torch.zeros(PROBE, prompt_length(towers), dtype=torch.long, device="meta")
+        context: list[Context] = []
+        flops = flops_of(lambda: context.append(encode_tokens(towers, [tokens] * len(towers)))) / PROBE
+        return context[0], flops
     t = recipe.text_encoder
     clip = build.new_clip(recipe, t.vocab_size, t.vocab_size - 1)
     tokens = torch.zeros(PROBE, t.context_length, dtype=torch.long)
     shown = tokens.repeat(1 + t.contrasts, 1)
     flops = _training_flops(ClipForTraining(clip, late=t.late > 0), image, shown)
     stages.append(_stage(recipe, "clip", clip, flops, _late_flops(recipe, clip.shape.places) if t.late else 0.0))
-    return t.width, t.context_length, flops_of(lambda: clip.encode_text(tokens)) / PROBE
+    states = torch.empty(PROBE, t.context_length, t.width)
+    return Context(states), flops_of(lambda: clip.encode_text(tokens)) / PROBE
 
 
 def describe(recipe: Recipe) -> str:

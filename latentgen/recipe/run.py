@@ -35,10 +35,13 @@ from latentgen.engine.task import Task
 from latentgen.engine.validation import Measure, Validation
 from latentgen.engine.watch import Watch
 from latentgen.engine.world import World, make_world
-from latentgen.formats.model_folder import Model, load_model, quiet_libraries, save_model
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import load_model, quiet_libraries, save_model
+from latentgen.models.autoencoder import Vae
 from latentgen.models.clip import Clip, load_clip
+from latentgen.models.context import AESTHETIC_SCORE, sizes_of
 from latentgen.models.quick import quicken
-from latentgen.models.text import train_tokenizer
+from latentgen.models.text import Tower, train_tokenizer
 from latentgen.models.unet import checkpoint_activations
 from latentgen.pipelines.generate import check
 from latentgen.recipe import build
@@ -112,8 +115,8 @@ class Run:
 
     def _train(self, plan: Plan) -> Path:
         vae = self._vae()
-        text_encoder, tokenizer, clip = self._text_encoder()
-        model = build.new_model(self.recipe, vae, text_encoder, tokenizer)
+        towers, zero_empty, clip = self._towers()
+        model = build.new_model(self.recipe, vae, towers, zero_empty)
         unet = self._unet(model)
         self.watch.mark("writing the model")
         if self.accelerator.is_main_process:
@@ -219,7 +222,7 @@ class Run:
         world = self.accelerator.num_processes
         return validation(self.recipe, examples, stage, measure, held_out=held_out, seen=seen, world=world, **more)
 
-    def _vae(self) -> AutoencoderKL:
+    def _vae(self) -> Vae:
         if self.recipe.autoencoder.source is not None:
             return self._frozen(load_model(Path(self.recipe.autoencoder.source)).vae)
         result = self.folder.result("vae")
@@ -247,12 +250,15 @@ class Run:
         assert isinstance(vae, AutoencoderKL)
         return self._frozen(vae)
 
-    def _text_encoder(self) -> tuple[CLIPTextModel, CLIPTokenizer, Clip | None]:
+    def _towers(self) -> tuple[tuple[Tower, ...], bool, Clip | None]:
+        """The text encoders, whether no text is zeros to them, and both contrastive towers where they are at hand."""
         if self.recipe.text_encoder.source is not None:
             folder = Path(self.recipe.text_encoder.source)
             model = load_model(folder)
             clip = load_clip(folder / "clip") if (folder / "clip").is_dir() else None
-            return self._frozen(model.text_encoder), model.tokenizer, clip
+            for tower in model.towers:
+                self._frozen(tower.encoder)
+            return model.towers, model.zero_empty, clip
         result, t = self.folder.result("clip"), self.recipe.text_encoder
         if not result.is_dir():
             limit = self.recipe.data.captions
@@ -271,7 +277,7 @@ class Run:
         with quiet_libraries():
             text_encoder = CLIPTextModel.from_pretrained(result / "text_encoder")
             tokenizer = CLIPTokenizer.from_pretrained(result / "tokenizer")
-        return self._frozen(text_encoder), tokenizer, load_clip(result / "clip")
+        return (Tower("text_encoder", self._frozen(text_encoder), tokenizer),), False, load_clip(result / "clip")
 
     def _unet(self, model: Model) -> UNet2DConditionModel:
         result, recipe = self.folder.result("unet"), self.recipe
@@ -306,12 +312,18 @@ class Run:
     def _cached(self, model: Model, source: Source) -> CachedBatches:
         share = Share(self.accelerator.process_index, self.accelerator.num_processes, self.watch.move)
         cache, data = Path(self.recipe.data.cache), self.recipe.data
-        with self.watch.following([model.vae, model.text_encoder]):
+        with self.watch.following([model.vae, *(tower.encoder for tower in model.towers)]):
             self.watch.mark("caching latents")
             moments = cache_latents(model, source, cache, flip=data.flip, share=share)
             self.watch.mark("caching text states")
-            states, rows = cache_text(model, source, cache, captions=data.captions, share=share)
-        return CachedBatches(moments, states, rows, self.recipe.diffusion.caption_dropout)
+            texts = cache_text(model, source, cache, captions=data.captions, share=share)
+        # Pictures reach training cut and scaled: that is the original the network is told of.
+        whole, corner, side = (data.resolution, data.resolution), (0, 0), model.sizes
+        row = sizes_of(side, whole, corner, whole, AESTHETIC_SCORE) if side else None
+        return CachedBatches(
+            *(moments, texts.states, texts.rows, self.recipe.diffusion.caption_dropout, texts.pooled),
+            sizes=None if row is None else [row] * len(source),
+        )
 
     def _frozen(self, network: Any) -> Any:
         return network.eval().requires_grad_(False).to(self.accelerator.device)

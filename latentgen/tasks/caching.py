@@ -7,9 +7,11 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from torch import nn
 
@@ -18,9 +20,9 @@ from latentgen.core.files import content_key
 from latentgen.data.cache import ArrayCache
 from latentgen.data.fetch import first_captions, to_tensor
 from latentgen.data.sources.base import Source
-from latentgen.formats.model_folder import Model
+from latentgen.formats.model import Model
 from latentgen.models.autoencoder import encode_moments, factor
-from latentgen.models.text import encode_text
+from latentgen.models.text import pooled_width, prompt_length, states_width
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ def cache_latents(model: Model, source: Source, folder: Path, *, flip: bool, sha
     vae, n = model.vae, len(source)
     side = source.image(0).shape[0] // factor(vae)
     key = content_key("latents", VERSION, weights_key(vae), source.key(), flip)
-    shape = (2, vae.config["latent_channels"], side, side)
+    shape = (2, model.latent_channels, side, side)
     cache = ArrayCache(folder / "latents" / key, n * (1 + flip), shape, "latents")
 
     def compute(rows: range) -> NDArray[np.float16]:
@@ -81,11 +83,18 @@ def cache_latents(model: Model, source: Source, folder: Path, *, flip: bool, sha
     return cache.open()
 
 
+class Texts(NamedTuple):
+    """Of m distinct captions, row 0 the empty one: `states` `[m, t, d]` and `pooled` `[m, p]` (None where the U-Net
+    reads none), float16; and each example's rows."""
+
+    states: NDArray[np.float16]
+    pooled: NDArray[np.float16] | None
+    rows: Sequence[tuple[int, ...]]
+
+
 @torch.no_grad()
-def cache_text(
-    model: Model, source: Source, folder: Path, *, captions: int | None, share: Share
-) -> tuple[NDArray[np.float16], Sequence[tuple[int, ...]]]:
-    """Text states `[m, t, d]` float16 of every distinct caption, row 0 the empty one; and each example's rows.
+def cache_text(model: Model, source: Source, folder: Path, *, captions: int | None, share: Share) -> Texts:
+    """What the U-Net reads of every caption.
 
     Args:
         folder: all caches; this one is the subfolder named by text encoder, tokenizer and captions.
@@ -97,14 +106,24 @@ def cache_text(
         for index in range(len(source))
     ]
     distinct = list(number)
-    tokenizer = model.tokenizer.backend_tokenizer.to_str()
-    shape = (model.tokenizer.model_max_length, model.text_encoder.config.hidden_size)
-    key = content_key("text", VERSION, weights_key(model.text_encoder), tokenizer, distinct, shape)
+    towers = [(weights_key(tower.encoder), tower.tokenizer.backend_tokenizer.to_str()) for tower in model.towers]
+    length, width, pooled = prompt_length(model.towers), states_width(model.towers), pooled_width(model.towers)
+    shape = (length * width + pooled,) if pooled else (length, width)
+    key = content_key("text", VERSION, towers, model.zero_empty, distinct, shape)
     cache = ArrayCache(folder / "text" / key, len(distinct), shape, f"text states of {len(distinct)} captions")
 
     def compute(part: range) -> NDArray[np.float16]:
-        states = encode_text(model.text_encoder, model.tokenizer, distinct[part.start : part.stop])
-        return states.to(torch.float16).cpu().numpy()
+        context = model.encode(distinct[part.start : part.stop])
+        values = context.states
+        if context.pooled is not None:
+            values = torch.cat([values.flatten(1), context.pooled], dim=1)
+        return values.to(torch.float16).cpu().numpy()
 
     cache.fill(compute, rank=share.rank, world=share.world, alive=share.alive)
-    return cache.open(), rows
+    values = cache.open()
+    if not pooled:
+        return Texts(values, None, rows)
+    # Views of the mapped file: the states would not fit into memory as copies.
+    strides = (values.strides[0], width * values.itemsize, values.itemsize)
+    states = as_strided(values, (len(distinct), length, width), strides, writeable=False)
+    return Texts(states, values[:, length * width :], rows)

@@ -22,8 +22,9 @@ from latentgen.diffusion.noise_tables import NoiseTable
 from latentgen.diffusion.parameterization import EDM, X0, Eps, Parameterization, V, per_example, to_x0
 from latentgen.diffusion.variational import bound_term, interpolated_log_variance
 from latentgen.engine.task import Phase
-from latentgen.formats.model_folder import Model
+from latentgen.formats.model import Model
 from latentgen.models.autoencoder import latents_of, sample_latents
+from latentgen.models.context import Context, context_of
 from latentgen.models.unet import attention_kernel
 from latentgen.pipelines.generate import Request, generate
 from latentgen.pipelines.pictures import grid, save_png
@@ -73,7 +74,7 @@ class Noised:
         sigma: `[b]`.
         share: `[b]`, what each example counts where its level was drawn more often than others (else 1).
         quantile: `[b]` in [0, 1], where sigma stands among the levels drawn.
-        context: `[b, t, d]`.
+        context: what the network reads of the captions.
     """
 
     x0: Tensor
@@ -82,7 +83,7 @@ class Noised:
     sigma: Tensor
     share: Tensor
     quantile: Tensor
-    context: Tensor
+    context: Context
 
 
 class DiffusionTask:
@@ -139,7 +140,7 @@ class DiffusionTask:
         if self.objective.input_perturbation > 0:
             shown = perturbed(noise, draw.normal("perturbation", shape), self.objective.input_perturbation)
         x = diffuse(x0, shown.to(device), sigma)
-        return Noised(x0, noise.to(device), x, sigma, share, u.to(device), batch["context"].to(device))
+        return Noised(x0, noise.to(device), x, sigma, share, u.to(device), context_of(batch, device))
 
     def _levels(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """sigma `[b]`, and what each example counts `[b]`, on the network's device."""
@@ -192,7 +193,7 @@ class DiffusionTask:
         c = p.scalings(d.sigma)
         with attention_kernel(self.kernel, device=d.x.device, dtype=self.dtype, training=training):
             x_in = per_example(c.c_in, d.x) * d.x
-            out = unet(x_in, c.c_noise, encoder_hidden_states=d.context, return_dict=False)[0].float()
+            out = unet(x_in, c.c_noise, **d.context.inputs(), return_dict=False)[0].float()
         prediction, target = out[:, : d.x.shape[1]], p.target(d.x0, d.noise, d.sigma)
         fraction = p.fraction_of_sigma(d.sigma)
         error = mse(prediction, target, fraction, d.sigma)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentgen.core.errors import UserError
 from latentgen.diffusion.likelihood import PROBES, draw_probes, log_likelihood
-from latentgen.formats.model_folder import Model
+from latentgen.formats.model import Model
 from latentgen.models.text import encode_text
 
 RANGE = {"sigma_min": 0.03, "sigma_max": 40.0}
@@ -158,7 +158,7 @@ def test_latents_of_a_model(tiny: Model) -> None:
     from latentgen.diffusion.parameterization import denoiser
 
     p = tiny.parameterization()
-    context = encode_text(tiny.text_encoder, tiny.tokenizer, ["a red circle"])
+    context = encode_text(tiny.towers, ["a red circle"]).states
 
     def network(x_in: Tensor, c_noise: Tensor) -> Tensor:
         states = context.expand(len(x_in), -1, -1)

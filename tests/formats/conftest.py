@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from latentgen.diffusion.noise_tables import NoiseTable
-from latentgen.formats.model_folder import Model, save_model
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import save_model
 from latentgen.models.autoencoder import build_autoencoder
 from latentgen.models.clip import Clip, ClipShape, build_clip, to_transformers
-from latentgen.models.text import train_tokenizer
+from latentgen.models.text import Tower, train_tokenizer
 from latentgen.models.unet import build_unet
 
 CAPTIONS = ["a red circle above a blue square", "a blue star", "a green circle"] * 2
@@ -45,6 +46,7 @@ def make_model(prediction: str = "eps", schedule: dict[str, Any] | None = None, 
     torch.manual_seed(0)
     tokenizer = train_tokenizer(CAPTIONS, 560, 10)
     clip = make_clip(len(tokenizer))
+    encoder = to_transformers(clip, bos_token_id=len(tokenizer) - 2, pad_token_id=len(tokenizer) - 1)
     if schedule is None:
         schedule = {"shift": 1.0} if prediction == "flow" else asdict(NoiseTable())
     return Model(
@@ -56,8 +58,7 @@ def make_model(prediction: str = "eps", schedule: dict[str, Any] | None = None, 
             norm_groups=4,
             mid_attention=False,
         ).eval(),
-        text_encoder=to_transformers(clip, bos_token_id=len(tokenizer) - 2, pad_token_id=len(tokenizer) - 1),
-        tokenizer=tokenizer,
+        towers=(Tower("text_encoder", encoder, tokenizer),),
         unet=build_unet(
             latent_size=4,
             latent_channels=4,

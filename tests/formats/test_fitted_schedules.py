@@ -10,7 +10,8 @@ import torch
 
 from latentgen.core.errors import UserError
 from latentgen.formats.fitted_schedules import find_fitted, write_fitted
-from latentgen.formats.model_folder import METADATA, Model, load_metadata, save_model
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import METADATA, load_metadata, save_model
 
 
 def entry(sampler: str = "dpmpp_2m", steps: int = 2, middle: float = 1.0) -> dict[str, object]:

@@ -38,7 +38,11 @@ def refusal(folder: Path) -> str:
 
 
 def test_a_whole_folder_passes(saved: Path) -> None:
-    assert check_folder(saved) == {"unet": None, "vae": None, "text_encoder": None}
+    assert check_folder(saved) == {
+        "unet": ("UNet2DConditionModel", None),
+        "vae": ("AutoencoderKL", None),
+        "text_encoder": ("CLIPTextModel", None),
+    }
 
 
 @pytest.mark.parametrize("name", NEEDED)
@@ -115,7 +119,7 @@ def test_pickled_weights_are_refused(copied: Path) -> None:
 def test_half_precision_names_are_understood(copied: Path) -> None:
     weights = copied / "unet/diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    assert check_folder(copied)["unet"] == "fp16"
+    assert check_folder(copied)["unet"].variant == "fp16"
     assert load_model(copied).prediction == "eps"
 
 

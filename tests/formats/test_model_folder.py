@@ -15,12 +15,8 @@ from safetensors.torch import load_file
 from latentgen.core.errors import UserError
 from latentgen.diffusion.noise_tables import NoiseTable
 from latentgen.diffusion.parameterization import Flow
-from latentgen.formats.model_folder import (
-    Model,
-    load_model,
-    quiet_libraries,
-    save_model,
-)
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import load_model, quiet_libraries, save_model
 from latentgen.formats.scheduler import parameterization, read_schedule, scheduler_config
 from latentgen.models.clip import load_clip
 from latentgen.models.text import tokenize
@@ -34,7 +30,7 @@ TABLES = [
 
 
 def networks(model: Model) -> dict[str, torch.nn.Module]:
-    return {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
+    return {"unet": model.unet, "vae": model.vae, "text_encoder": model.towers[0].encoder}
 
 
 def test_what_is_read_is_what_was_written(tiny_model, tmp_path: Path) -> None:
@@ -47,7 +43,7 @@ def test_what_is_read_is_what_was_written(tiny_model, tmp_path: Path) -> None:
         assert theirs.state_dict().keys() == network.state_dict().keys()
         assert all(torch.equal(theirs.state_dict()[key], value) for key, value in network.state_dict().items()), name
     captions = ["a blue star", "ß ☃"]
-    assert torch.equal(tokenize(again.tokenizer, captions), tokenize(model.tokenizer, captions))
+    assert torch.equal(tokenize(again.towers[0].tokenizer, captions), tokenize(model.towers[0].tokenizer, captions))
     assert (again.prediction, again.schedule, again.metadata) == ("v", model.schedule, model.metadata)
     assert again.parameterization() == model.parameterization()
     assert again.vae.config["scaling_factor"] == 1.0
@@ -205,7 +201,7 @@ def test_parts_of_different_models_are_refused(saved: Path, tiny_model, tmp_path
     folder = tmp_path / "mixed"
     shutil.copytree(saved, folder)
     shutil.rmtree(folder / "text_encoder")
-    encoder = tiny_model().text_encoder
+    encoder = tiny_model().towers[0].encoder
     config = encoder.config.to_dict() | {"hidden_size": 32, "num_attention_heads": 2}
     type(encoder)(type(encoder.config)(**config)).save_pretrained(folder / "text_encoder")
     with pytest.raises(UserError, match="width 16, the text encoder makes 32"):

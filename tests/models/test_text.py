@@ -139,7 +139,7 @@ def test_encode_text_is_the_normalised_last_hidden_state(tokenizer: CLIPTokenize
         )
     ).eval()
     with torch.no_grad():
-        context = text.encode_text(encoder, tokenizer, ["a red star", "blue"])
+        context = text.encode_text([text.Tower("text_encoder", encoder, tokenizer)], ["a red star", "blue"]).states
         hidden = encoder(text.tokenize(tokenizer, ["a red star", "blue"]), output_hidden_states=True).hidden_states[-1]
         torch.testing.assert_close(context, encoder.final_layer_norm(hidden))
     assert context.shape == (2, 12, 16)

@@ -119,7 +119,7 @@ def test_folders_of_diffusers_open_here(scheduler: Any, prediction: str, table: 
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([5.0])
     with torch.no_grad():
         theirs = pipeline.encode_prompt("a red circle", "cpu", 1, do_classifier_free_guidance=False)[0]
-        ours = encode_text(model.text_encoder, model.tokenizer, ["a red circle"])
+        ours = encode_text(model.towers, ["a red circle"]).states
         assert torch.equal(ours, theirs)
         torch.testing.assert_close(model.unet(x, t, ours).sample, pipeline.unet(x, t, theirs).sample)
         torch.testing.assert_close(decode(model.vae, x), pipeline.vae.decode(x / 0.3).sample)
@@ -130,7 +130,7 @@ def test_text_encoders_with_the_keys_of_older_versions_open(tmp_path: Path) -> N
     weights = tmp_path / "text_encoder" / "model.safetensors"
     new = load_file(weights)
     save_file({f"text_model.{name}": tensor for name, tensor in new.items()}, weights, metadata={"format": "pt"})
-    loaded = load_model(tmp_path).text_encoder.state_dict()
+    loaded = load_model(tmp_path).towers[0].encoder.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in new.items())
 
 

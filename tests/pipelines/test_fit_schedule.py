@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from latentgen.core.errors import UserError
-from latentgen.formats.model_folder import Model, save_model
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import save_model
 from latentgen.pipelines.fit_schedule import fit_schedule
 from latentgen.pipelines.generate import Request, check, generate, prepare, remark
 

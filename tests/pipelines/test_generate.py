@@ -14,7 +14,7 @@ from PIL import Image
 
 from latentgen.core.errors import UserError
 from latentgen.diffusion.schedules import find_schedule
-from latentgen.formats.model_folder import Model
+from latentgen.formats.model import Model
 from latentgen.models.text import encode_text
 from latentgen.pipelines import generate as module
 from latentgen.pipelines.generate import Request, check, generate, parameters_line, start_noise, steps_of
@@ -99,7 +99,7 @@ def test_the_negative_prompt_takes_the_empty_captions_place(tiny: Model, monkeyp
     calls = Calls(tiny, monkeypatch)
     list(generate(tiny, [ask("a star", negative_prompt="a blue star"), ask("a circle")]))
     with torch.no_grad():
-        expected = encode_text(tiny.text_encoder, tiny.tokenizer, ["a star", "a circle", "a blue star", ""])
+        expected = encode_text(tiny.towers, ["a star", "a circle", "a blue star", ""]).states
     torch.testing.assert_close(calls.contexts[0], expected)
 
 

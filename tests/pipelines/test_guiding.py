@@ -14,7 +14,8 @@ from PIL import Image
 from latentgen.core.errors import UserError
 from latentgen.diffusion.guidance import GUIDANCE
 from latentgen.diffusion.guidance.stack import EULER_ONLY
-from latentgen.formats.model_folder import Model, save_model
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import save_model
 from latentgen.models.text import encode_text
 from latentgen.models.unet import counted_rows
 from latentgen.pipelines.generate import Request, check, generate, parameters_line
@@ -119,7 +120,7 @@ def test_composition_reaches_the_network(tiny: Model, monkeypatch: pytest.Monkey
     list(generate(tiny, requests))
     assert [len(context) for context in contexts] == [6] * STEPS + [3] * STEPS, "other weights are another batch"
     with torch.no_grad():
-        expected = encode_text(tiny.text_encoder, tiny.tokenizer, ["a", "c", "b", "d", "n", ""])
+        expected = encode_text(tiny.towers, ["a", "c", "b", "d", "n", ""]).states
     torch.testing.assert_close(contexts[0], expected)
 
 

@@ -11,7 +11,8 @@ import torch
 
 from latentgen.core.errors import UserError
 from latentgen.diffusion.parameterization import Flow, V
-from latentgen.formats.model_folder import Model, save_model
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import save_model
 from latentgen.recipe import build
 from latentgen.recipe.schema import Recipe
 
@@ -94,10 +95,10 @@ def test_what_is_learned_of_the_posterior_comes_with_the_autoencoder(
 
 def test_new_model_predicts_what_is_asked(tiny_recipe: Recipe, tiny: Model) -> None:
     recipe = with_(tiny_recipe, diffusion={"target": "flow"})
-    model = build.new_model(recipe, tiny.vae, tiny.text_encoder, tiny.tokenizer)
+    model = build.new_model(recipe, tiny.vae, tiny.towers)
     assert isinstance(model.parameterization(), Flow)
     assert model.unet.config["cross_attention_dim"] == 16
-    model = build.new_model(tiny_recipe, tiny.vae, tiny.text_encoder, tiny.tokenizer)
+    model = build.new_model(tiny_recipe, tiny.vae, tiny.towers)
     assert isinstance(model.parameterization(), V)
     assert model.parameterization().table.kind == "scaled_linear"
 
@@ -108,14 +109,14 @@ def test_fine_tuning_keeps_the_process_of_the_start(
     start = tiny_builder("eps")
     save_model(start, tmp_path / "start")
     recipe = with_(tiny_recipe, unet={"source": str(tmp_path / "start")})
-    model = build.new_model(recipe, start.vae, start.text_encoder, start.tokenizer)
+    model = build.new_model(recipe, start.vae, start.towers)
     assert model.prediction == "eps"
     assert same(model.unet, start.unet)
     with pytest.raises(UserError, match=r"diffusion.target: v, but .* predicts eps"):
-        build.new_model(with_(recipe, diffusion={"target": "v"}), start.vae, start.text_encoder, start.tokenizer)
+        build.new_model(with_(recipe, diffusion={"target": "v"}), start.vae, start.towers)
     other = build.new_vae(with_(tiny_recipe, autoencoder={"latent_channels": 3}))
     with pytest.raises(UserError, match=r"autoencoder: unet.from expects width 4, this one gives 3"):
-        build.new_model(recipe, other, start.text_encoder, start.tokenizer)
+        build.new_model(recipe, other, start.towers)
 
 
 def test_previews_put_a_prompts_pictures_in_a_row(tiny_recipe: Recipe) -> None:

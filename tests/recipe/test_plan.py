@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from latentgen.formats.model_folder import Model, save_model
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import save_model
 from latentgen.models.late_interaction import late_loss
 from latentgen.recipe import build
 from latentgen.recipe.plan import Plan, _late_flops, flops_of, make_plan

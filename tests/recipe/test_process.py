@@ -17,7 +17,8 @@ from latentgen.core.errors import UserError
 from latentgen.core.rand import Draw
 from latentgen.data.fetch import CachedBatches
 from latentgen.diffusion.parameterization import EDM, VE, Flow, V
-from latentgen.formats.model_folder import Model, load_model, save_model
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import load_model, save_model
 from latentgen.pipelines.generate import Request, check, generate
 from latentgen.recipe import build
 from latentgen.recipe.process import check_process, process
@@ -57,7 +58,7 @@ def cached() -> CachedBatches:
 
 
 def made(recipe: Recipe, tiny: Model) -> Model:
-    return build.new_model(recipe, tiny.vae, tiny.text_encoder, tiny.tokenizer)
+    return build.new_model(recipe, tiny.vae, tiny.towers)
 
 
 @pytest.mark.parametrize("name", sorted(SETTINGS))

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny as families
 import torch
 from torch import nn
 
 from latentgen.core.errors import UserError
 from latentgen.data.fetch import to_tensor
-from latentgen.formats.model_folder import Model
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import load_model
 from latentgen.models.autoencoder import encode_moments
 from latentgen.models.text import encode_text
 from latentgen.tasks import caching
@@ -72,7 +74,7 @@ def test_a_second_run_does_not_encode_again(
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(caching, "encode_moments", fail)
-    monkeypatch.setattr(caching, "encode_text", fail)
+    monkeypatch.setattr(Model, "encode", fail)
     assert np.array_equal(cache_latents(tiny, few(2), tmp_path, flip=False, share=Share()), first)
     with pytest.raises(AssertionError, match="encoded again"):
         cache_text(tiny, few(2), tmp_path, captions=None, share=Share())
@@ -93,15 +95,32 @@ def test_latents_that_are_not_finite_name_the_picture(
 
 def test_text_states_are_those_of_each_examples_captions(tiny: Model, few: Callable, tmp_path: Path) -> None:
     source = few(5)
-    values, rows = cache_text(tiny, source, tmp_path, captions=2, share=Share())
+    values, pooled, rows = cache_text(tiny, source, tmp_path, captions=2, share=Share())
     assert [len(r) for r in rows] == [1, 2, 2, 1, 2]
+    assert pooled is None
     with torch.no_grad():
         for index, mine in enumerate(rows):
-            expected = encode_text(tiny.text_encoder, tiny.tokenizer, list(source.captions(index)[:2]))
+            expected = encode_text(tiny.towers, list(source.captions(index)[:2])).states
             torch.testing.assert_close(torch.from_numpy(values[list(mine)]).float(), expected, rtol=2e-3, atol=2e-3)
-        empty = encode_text(tiny.text_encoder, tiny.tokenizer, [""])
+        empty = encode_text(tiny.towers, [""]).states
     torch.testing.assert_close(torch.from_numpy(np.array(values[:1])).float(), empty, rtol=2e-3, atol=2e-3)
     assert 0 not in {row for mine in rows for row in mine}
+
+
+def test_the_whole_text_is_kept_beside_its_states(few: Callable, tmp_path: Path) -> None:
+    """SDXL's, whose empty caption is zeros."""
+    families.saved("sdxl", tmp_path / "model")
+    model, source = load_model(tmp_path / "model"), few(5)
+    states, pooled, rows = cache_text(model, source, tmp_path, captions=2, share=Share())
+    assert pooled is not None
+    assert not states[0].any()
+    assert not pooled[0].any()
+    with torch.no_grad():
+        for index, mine in enumerate(rows):
+            expected = model.encode(list(source.captions(index)[:2]))
+            assert expected.pooled is not None
+            assert np.array_equal(states[list(mine)], expected.states.half().numpy())
+            assert np.array_equal(pooled[list(mine)], expected.pooled.half().numpy())
 
 
 class Alike:
@@ -115,7 +134,7 @@ class Alike:
 
 
 def test_equal_captions_are_encoded_once(tiny: Model, tmp_path: Path) -> None:
-    values, rows = cache_text(tiny, Alike(), tmp_path, captions=None, share=Share())  # type: ignore[arg-type]
+    values, _, rows = cache_text(tiny, Alike(), tmp_path, captions=None, share=Share())  # type: ignore[arg-type]
     assert len(values) == 2
     assert rows == [(1, 0)] * 7
 
@@ -128,7 +147,7 @@ def test_the_name_of_text_states(
     assert len(kept(tmp_path, "text")) == 2
     other = tiny_builder()
     with torch.no_grad():
-        other.text_encoder.get_input_embeddings().weight[0, 0] += 1e-6
+        other.towers[0].encoder.get_input_embeddings().weight[0, 0] += 1e-6
     cache_text(other, few(3), tmp_path, captions=None, share=Share())
     assert len(kept(tmp_path, "text")) == 3
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from latentgen.core.rand import Draw
 from latentgen.data.fetch import PictureBatches, to_tensor
-from latentgen.formats.model_folder import Model
+from latentgen.formats.model import Model
 from latentgen.models.clip import Clip
 from latentgen.models.text import tokenize
 from latentgen.tasks.clip import ClipTask
@@ -20,7 +20,7 @@ from latentgen.tasks.clip import ClipTask
 def task(tiny: Model, clip_builder: Callable[[int], Clip], few: Callable) -> ClipTask:
     source = few(4, seed=3)
     held_out = to_tensor([source.image(i) for i in range(4)]), [source.captions(i)[0] for i in range(4)]
-    return ClipTask(clip_builder(len(tiny.tokenizer)), tiny.tokenizer, held_out)
+    return ClipTask(clip_builder(len(tiny.towers[0].tokenizer)), tiny.towers[0].tokenizer, held_out)
 
 
 def test_losses_are_the_symmetric_cross_entropy(task: ClipTask, few: Callable, draw: Callable[..., Draw]) -> None:
@@ -59,10 +59,11 @@ def test_false_captions_are_further_columns(task: ClipTask, few: Callable, draw:
 def test_the_late_loss_is_added_with_its_weight(
     tiny: Model, clip_builder: Callable[[int], Clip], few: Callable, draw: Callable[..., Draw]
 ) -> None:
-    d, made = draw(), ClipTask(clip_builder(len(tiny.tokenizer)), tiny.tokenizer, (torch.zeros(0), []), late=0.5)
+    tokenizer, d = tiny.towers[0].tokenizer, draw()
+    made = ClipTask(clip_builder(len(tokenizer)), tokenizer, (torch.zeros(0), []), late=0.5)
     batch = PictureBatches(few(8), contrasts=2)(d)
     losses = made.losses("clip", batch, d)
-    plain = ClipTask(clip_builder(len(tiny.tokenizer)), tiny.tokenizer, (torch.zeros(0), [])).losses("clip", batch, d)
+    plain = ClipTask(clip_builder(len(tokenizer)), tokenizer, (torch.zeros(0), [])).losses("clip", batch, d)
     torch.testing.assert_close(losses["loss"], plain["loss"] + 0.5 * losses["late"])
     losses["loss"].backward()
     assert all(p.grad is not None for p in made.modules["clip"].parameters())

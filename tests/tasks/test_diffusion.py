@@ -21,7 +21,8 @@ from latentgen.diffusion.noise import student
 from latentgen.diffusion.noise_levels import uniform
 from latentgen.diffusion.parameterization import EDM, Flow, V, to_x0
 from latentgen.diffusion.variational import bound_term, interpolated_log_variance
-from latentgen.formats.model_folder import Model
+from latentgen.formats.model import Model
+from latentgen.models.context import join
 from latentgen.models.unet import build_unet
 from latentgen.pipelines.generate import Request
 from latentgen.tasks.diffusion import DiffusionTask, Objective
@@ -56,7 +57,7 @@ def test_draws_are_those_of_the_names(tiny: Model, draw: DrawOf) -> None:
     assert torch.equal(drawn.noise, d.normal("noise", (4, 4, 4)))
     u = (d.permutation("stratum") + d.uniform("level")) / 8
     torch.testing.assert_close(drawn.sigma, tiny.parameterization().sigma_of_fraction(u))
-    assert torch.equal(drawn.context, batch["context"])
+    assert torch.equal(drawn.context.states, batch["context"])
     strata = tiny.parameterization().sigma_of_fraction(torch.arange(9) / 8)
     counts = [int(((drawn.sigma >= a) & (drawn.sigma < b)).sum()) for a, b in itertools.pairwise(strata)]
     assert counts == [1] * 8, "one level in each eighth"
@@ -98,7 +99,8 @@ def test_draws_do_not_depend_on_the_micro_batch(kind: str, size: int, tiny: Mode
         torch.nn.init.normal_(made.modules["log_variance"].get_parameter("series"), std=0.1)
     whole = made.draws(fetch(draw()), draw())
     parts = [made.draws(fetch(d), d) for d in (draw(range(at, at + size)) for at in range(0, 8, size))]
-    for name in ("x0", "noise", "x", "sigma", "share", "quantile", "context"):
+    assert torch.equal(join([part.context for part in parts]).states, whole.context.states)
+    for name in ("x0", "noise", "x", "sigma", "share", "quantile"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
 
 
@@ -128,7 +130,7 @@ def test_the_loss_is_that_of_the_prediction(prediction: str, tiny_builder: Calla
         t = sigma / (1 + sigma)
         x, time, target = (1 - t) * x0 + t * noise, 1000 * t.flatten(), noise - x0
     with torch.no_grad():
-        out = model.unet(x, time, encoder_hidden_states=drawn.context).sample
+        out = model.unet(x, time, **drawn.context.inputs()).sample
         losses = made.losses("unet", batch, d)
     torch.testing.assert_close(losses["error"], (out - target).square().mean(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(losses["loss"], losses["error"])
@@ -278,7 +280,7 @@ def test_the_logged_bound_is_the_sum_over_the_table(tiny_builder: Callable[..., 
         found = made.losses("unet", fetch(draw()), draw())["vlb"]
         d = made.draws(fetch(draw()), draw())
         t = p.table.t_of_sigma(d.sigma)
-        out = model.unet(p.scalings(d.sigma).c_in.view(-1, 1, 1, 1) * d.x, t, encoder_hidden_states=d.context).sample
+        out = model.unet(p.scalings(d.sigma).c_in.view(-1, 1, 1, 1) * d.x, t, **d.context.inputs()).sample
     below = torch.where(t >= 1, p.table.sigma_of_t(t - 1), 0.0)
     spread = interpolated_log_variance(out[:, 4:], d.sigma, below)
     terms = bound_term(d.x0, d.x, to_x0(p, out[:, :4], d.x, d.sigma), spread, d.sigma, below)
@@ -293,16 +295,16 @@ def test_neither_autoencoder_nor_text_encoder_runs(
     def fail(*inputs: Any, **named: Any) -> Any:
         raise AssertionError("a frozen network ran in a training step")
 
-    for network, names in ((model.vae, ("forward", "encode", "decode")), (model.text_encoder, ("forward",))):
+    for network, names in ((model.vae, ("forward", "encode", "decode")), (model.towers[0].encoder, ("forward",))):
         for name in names:
             monkeypatch.setattr(network, name, fail)
-    monkeypatch.setattr(type(model.tokenizer), "__call__", fail)
+    monkeypatch.setattr(type(model.towers[0].tokenizer), "__call__", fail)
     losses = task(model).losses("unet", cached()(draw()), draw())
     losses["loss"].backward()
     with pytest.raises(AssertionError, match="frozen network"):
         model.vae.encode(torch.zeros(1, 3, 16, 16))
     assert all(p.grad is None for p in model.vae.parameters())
-    assert all(p.grad is None for p in model.text_encoder.parameters())
+    assert all(p.grad is None for p in model.towers[0].encoder.parameters())
     assert all(p.grad is not None for p in model.unet.parameters())
 
 

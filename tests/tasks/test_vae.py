@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from latentgen.core.rand import Draw
 from latentgen.data.fetch import PictureBatches, to_tensor
-from latentgen.formats.model_folder import Model
+from latentgen.formats.model import Model
 from latentgen.models.autoencoder import AutoencoderForTraining, decode, encode_moments, kl_divergence
 from latentgen.models.critics import VGG_BLOCKS
 from latentgen.tasks.vae import VaeLosses, VaeTask, finish_vae, latent_statistics

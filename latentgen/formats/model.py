@@ -1,0 +1,125 @@
+"""Everything that turns text into pictures, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from latentgen.core.errors import UserError
+from latentgen.diffusion.parameterization import Parameterization
+from latentgen.formats.scheduler import parameterization
+from latentgen.models.autoencoder import Vae
+from latentgen.models.context import Context, size_count
+from latentgen.models.text import Tower, encode_text, pooled_width, projects, prompt_length, states_width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Stable Diffusion of any kind, or one of ours.
+
+    Attributes:
+        vae: between pictures and latents.
+        towers: text to what the U-Net reads: one; in SDXL two.
+        unet: the denoising network.
+        prediction: what the U-Net predicts: "eps", "v", "x0", "flow", "edm" or "ve".
+        schedule: the numbers of the process, plain data, as `formats.scheduler` describes them.
+        zero_empty: no text is zeros, not the text encoder's states of nothing (SDXL was trained so).
+        metadata: JSON values; kept in latentgen.json.
+    """
+
+    vae: Vae
+    towers: tuple[Tower, ...]
+    unet: UNet2DConditionModel
+    prediction: str
+    schedule: Mapping[str, Any]
+    zero_empty: bool = False
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def parameterization(self) -> Parameterization:
+        """What `prediction` and `schedule` mean.
+
+        Raises:
+            UserError: an unknown prediction or noise table.
+        """
+        return parameterization(self.prediction, self.schedule)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network, by the name that other tools know it by."""
+        return {"unet": self.unet, "vae": self.vae, **{tower.name: tower.encoder for tower in self.towers}}
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.vae.config["latent_channels"])
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the second half of the U-Net's channels speaks of the variance (arXiv 2102.09672, eq. 15)."""
+        return self.unet.config["out_channels"] == 2 * self.latent_channels
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the U-Net is also shown a mask and the picture outside of it, as 1 + c more channels."""
+        return self.unet.config["in_channels"] == 2 * self.latent_channels + 1
+
+    @property
+    def sizes(self) -> int:
+        """How many numbers of micro-conditioning the U-Net reads: 0, 5 or 6."""
+        return size_count(self.unet, pooled_width(self.towers))
+
+    def encode(self, captions: Sequence[str]) -> Context:
+        """What the U-Net reads of captions, without sizes; empty ones are zeros where `zero_empty`."""
+        context = encode_text(self.towers, captions)
+        if not self.zero_empty:
+            return context
+        said = torch.tensor([caption != "" for caption in captions], device=context.states.device)
+        return context.each(lambda part: part * said.view(-1, *[1] * (part.ndim - 1)).to(part.dtype))
+
+    def require_fit(self, where: str) -> None:
+        """Raise UserError where parts of different models were put together."""
+        unet, latents = self.unet.config, self.latent_channels
+        width, made = unet["cross_attention_dim"], states_width(self.towers)
+        if isinstance(width, int) and width != made:
+            raise UserError(f"{where}: the U-Net reads text states of width {width}, the text encoder makes {made}")
+        if unet["out_channels"] not in (latents, 2 * latents):
+            raise UserError(
+                f"{where}: the U-Net has {unet['out_channels']} latent channels, the autoencoder {latents}; "
+                "they are of different models"
+            )
+        if unet["in_channels"] not in (latents, 2 * latents + 1):
+            raise UserError(
+                f"{where}: the U-Net takes {unet['in_channels']} channels, the autoencoder has {latents}; "
+                f"{latents} (text to picture) and {2 * latents + 1} (inpainting) are supported"
+            )
+        if projects(self.towers) != (unet["addition_embed_type"] == "text_time"):
+            raise UserError(
+                f"{where}: the text encoders {'make' if projects(self.towers) else 'lack'} the pooled text that the "
+                f"U-Net {'does not read' if projects(self.towers) else 'reads'}; they are of different models"
+            )
+        if projects(self.towers) and self.sizes not in (5, 6):
+            raise UserError(
+                f"{where}: the U-Net's added embedding of width {unet['projection_class_embeddings_input_dim']} does "
+                f"not go with a pooled text of width {pooled_width(self.towers)}; they are of different models"
+            )
+        for tower in self.towers:
+            _require_words(tower, prompt_length(self.towers), where)
+
+
+def _require_words(tower: Tower, length: int, where: str) -> None:
+    text, tokenizer = tower.encoder.config, tower.tokenizer
+    if len(tokenizer) > text.vocab_size:
+        raise UserError(f"{where}: the tokenizer has {len(tokenizer)} tokens, the text encoder knows {text.vocab_size}")
+    if tokenizer.model_max_length > text.max_position_embeddings:
+        raise UserError(
+            f"{where}: captions of {tokenizer.model_max_length} tokens, the text encoder takes "
+            f"{text.max_position_embeddings}; set model_max_length in {tower.tokenizer_name}/tokenizer_config.json"
+        )
+    if tokenizer.model_max_length != length:
+        raise UserError(
+            f"{where}: captions of {tokenizer.model_max_length} tokens in {tower.tokenizer_name}, of {length} in the "
+            "other one; set model_max_length alike in both tokenizer_config.json"
+        )
