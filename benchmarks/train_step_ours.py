@@ -134,7 +134,7 @@ def fetcher(model: Model, source: Source, caches: Path | None) -> Callable[[Draw
         return Uncached(model, source)
     moments = cache_latents(model, source, caches, flip=False, share=Share())
     texts = cache_text(model, source, caches, captions=1, share=Share())
-    return CachedBatches(moments, texts.states, texts.rows, 0.0)
+    return CachedBatches(moments, texts.parts(), texts.rows, 0.0)
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -96,38 +96,50 @@ class PictureBatches:
 
 @dataclass(frozen=True)
 class CachedBatches:
-    """Cached latents and text states, for the U-Net: neither the VAE nor the text encoder runs.
+    """Cached latents and texts, for the U-Net: neither the VAE nor, as a rule, the text encoder runs.
 
     Args:
         moments: [variants * n, 2, c, h, w] mean and standard deviation of the raw latents; variant 1 is mirrored.
-        states: [m, t, d] text states; row 0 is the empty caption.
-        rows: for each example, the rows of `states` that describe it.
+        texts: by name what there is of m texts, [m, ...] each; row 0 is of the empty caption.
+        rows: for each example, the rows of `texts` that describe it.
         dropout: share of captions replaced by the empty one.
-        pooled: [m, p] the same texts as one vector each, for networks that read them.
-        sizes: for each example, the sizes and the cut that the network is told.
+        values: by name what else there is of the examples, [n, ...], or [variants * n, ...] where mirroring changes it.
+        pictures: [h, w, 3] of every example, where pixels are needed as well.
     """
 
     moments: NDArray[np.float16]
-    states: NDArray[np.float16]
+    texts: Mapping[str, NDArray]
     rows: Sequence[tuple[int, ...]]
     dropout: float
-    pooled: NDArray[np.float16] | None = None
-    sizes: Sequence[Sequence[float]] | None = None
+    values: Mapping[str, NDArray] = field(default_factory=dict)
+    pictures: Source | None = None
 
     def __call__(self, draw: Draw) -> dict[str, Tensor]:
-        """`mean`, `std` [b, c, h, w] of raw latents, `context` [b, t, d], if any `pooled` [b, p], `sizes` [b, 6]."""
-        at = torch.tensor(draw.indices)
+        """`mean` and `std` [b, c, h, w] of raw latents, and [b, ...] all that `texts` and `values` name; `image`
+        [b, 3, h, w] in [-1, 1] where there are `pictures`."""
+        plain = torch.tensor(draw.indices)
         examples = len(self.rows)
+        mirrored = torch.zeros(len(plain), dtype=torch.bool)
         if len(self.moments) > examples:
-            at = at + examples * (draw.uniform("flip") < 0.5)
-        moments = torch.from_numpy(np.asarray(self.moments[at.numpy()], dtype=np.float32))
+            mirrored = draw.uniform("flip") < 0.5
+        at = plain + examples * mirrored
+        moments = _tensor(self.moments[at.numpy()])
         choice, drop = draw.uniform("caption").tolist(), (draw.uniform("dropout") < self.dropout).tolist()
         options = (self.rows[index] for index in draw.indices)
         rows = [0 if d else o[int(c * len(o))] for o, c, d in zip(options, choice, drop, strict=True)]
-        context = torch.from_numpy(np.asarray(self.states[rows], dtype=np.float32))
-        batch = {"mean": moments[:, 0], "std": moments[:, 1], "context": context}
-        if self.pooled is not None:
-            batch["pooled"] = torch.from_numpy(np.asarray(self.pooled[rows], dtype=np.float32))
-        if self.sizes is not None:
-            batch["sizes"] = torch.tensor([self.sizes[index] for index in draw.indices], dtype=torch.float32)
+        batch = {"mean": moments[:, 0], "std": moments[:, 1]}
+        batch |= {name: _tensor(table[rows]) for name, table in self.texts.items()}
+        batch |= {
+            name: _tensor(value[(at if len(value) > examples else plain).numpy()])
+            for name, value in self.values.items()
+        }
+        if self.pictures is not None:
+            image = to_tensor([self.pictures.image(index) for index in draw.indices])
+            image[mirrored] = image[mirrored].flip(-1)
+            batch["image"] = image
         return batch
+
+
+def _tensor(values: NDArray) -> Tensor:
+    """Floating numbers as float32; whole ones and truth values as they are."""
+    return torch.from_numpy(np.array(values, dtype=np.float32 if values.dtype.kind == "f" else None))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 
 from latentgen.core.errors import UserError
 from latentgen.diffusion.parameterization import Parameterization
 from latentgen.formats.scheduler import parameterization
 from latentgen.models.autoencoder import Vae
-from latentgen.models.context import Context, size_count
+from latentgen.models.context import Context, size_count, zero
 from latentgen.models.text import Tower, encode_text, pooled_width, projects, prompt_length, states_width
 
 
@@ -30,6 +30,8 @@ class Model:
         schedule: the numbers of the process, plain data, as `formats.scheduler` describes them.
         zero_empty: no text is zeros, not the text encoder's states of nothing (SDXL was trained so).
         metadata: JSON values; kept in latentgen.json.
+        control: a network beside the U-Net that is shown a picture (ControlNet, arXiv 2302.05543); it has a folder of
+            its own, not one in the model's.
     """
 
     vae: Vae
@@ -39,6 +41,7 @@ class Model:
     schedule: Mapping[str, Any]
     zero_empty: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    control: ControlNetModel | None = None
 
     def parameterization(self) -> Parameterization:
         """What `prediction` and `schedule` mean.
@@ -50,7 +53,15 @@ class Model:
 
     def networks(self) -> dict[str, nn.Module]:
         """Every network, by the name that other tools know it by."""
-        return {"unet": self.unet, "vae": self.vae, **{tower.name: tower.encoder for tower in self.towers}}
+        own: dict[str, nn.Module] = {"unet": self.unet, "vae": self.vae}
+        own |= {tower.name: tower.encoder for tower in self.towers}
+        return own if self.control is None else {**own, "control": self.control}
+
+    def with_networks(self, networks: Mapping[str, nn.Module]) -> Model:
+        """The model with these in place of its own, by the names of `networks`."""
+        towers = tuple(replace(t, encoder=networks.get(t.name, t.encoder)) for t in self.towers)  # type: ignore[arg-type]
+        own: dict[str, Any] = {name: networks[name] for name in ("unet", "vae", "control") if name in networks}
+        return replace(self, towers=towers, **own)
 
     @property
     def latent_channels(self) -> int:
@@ -76,8 +87,7 @@ class Model:
         context = encode_text(self.towers, captions)
         if not self.zero_empty:
             return context
-        said = torch.tensor([caption != "" for caption in captions], device=context.states.device)
-        return context.each(lambda part: part * said.view(-1, *[1] * (part.ndim - 1)).to(part.dtype))
+        return zero(context, torch.tensor([caption == "" for caption in captions], device=context.states.device))
 
     def require_fit(self, where: str) -> None:
         """Raise UserError where parts of different models were put together."""

@@ -38,6 +38,11 @@ class Context(NamedTuple):
         return {"encoder_hidden_states": self.states, "added_cond_kwargs": added}
 
 
+def zero(context: Context, empty: Tensor) -> Context:
+    """Zeros in the rows of `empty` `[b]`, which are of no text."""
+    return context.each(lambda part: part.masked_fill(empty.view(-1, *[1] * (part.ndim - 1)), 0))
+
+
 def join(contexts: Sequence[Context]) -> Context:
     """One batch after the other."""
     parts = zip(*contexts, strict=True)

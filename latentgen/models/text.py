@@ -154,9 +154,14 @@ def encode_text(towers: Sequence[Tower], captions: Sequence[str]) -> Context:
     return encode_tokens(towers, [tokenize(tower.tokenizer, captions) for tower in towers])
 
 
-def encode_tokens(towers: Sequence[Tower], tokens: Sequence[Tensor]) -> Context:
-    """`encode_text` of token ids `[b, t]`, one tensor a tower."""
-    pairs = [(tower.encoder, ids.to(tower.encoder.device)) for tower, ids in zip(towers, tokens, strict=True)]
+def encode_tokens(towers: Sequence[Tower], tokens: Sequence[Tensor], encoders: Sequence[Any] = ()) -> Context:
+    """`encode_text` of token ids `[b, t]`, one tensor a tower.
+
+    Args:
+        encoders: called in place of the towers' own, as wrappers and averages of them are in training.
+    """
+    called = list(encoders) or [tower.encoder for tower in towers]
+    pairs = [(call, ids.to(own.encoder.device)) for call, own, ids in zip(called, towers, tokens, strict=True)]
     if not projects(towers):
         ((encoder, ids),) = pairs
         return Context(encoder(input_ids=ids).last_hidden_state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint
 
 from latentgen.core.errors import UserError
+from latentgen.models.context import Context
 
 
 def build_unet(
@@ -127,6 +128,32 @@ def _heads_per_level(
 def count_parameters(module: nn.Module, *, trainable_only: bool = False) -> int:
     """Number of parameters; shared ones count once."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)
+
+
+def predict(
+    networks: Mapping[str, Any],
+    x_in: Tensor,
+    time: Tensor,
+    context: Context,
+    *,
+    channels: Tensor | None = None,
+    control: Tensor | None = None,
+) -> Tensor:
+    """What the network `unet` predicts, `[b, c, h, w]`.
+
+    Args:
+        networks: `unet`, and where there is a picture to follow `control`, a ControlNetModel.
+        x_in: `[b, c, h, w]`, scaled noisy latents.
+        time: `[b]`.
+        channels: `[b, k, h, w]`, more channels of its input.
+        control: `[b, 3, H, W]` in [0, 1], the picture to follow, in pixels.
+    """
+    seen = x_in if channels is None else torch.cat([x_in, channels], dim=1)
+    inputs = context.inputs()
+    if control is not None:
+        down, mid = networks["control"](seen, time, controlnet_cond=control, return_dict=False, **inputs)
+        inputs |= {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    return networks["unet"](seen, time, **inputs, return_dict=False)[0]
 
 
 @contextmanager

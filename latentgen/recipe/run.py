@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -317,13 +318,13 @@ class Run:
             moments = cache_latents(model, source, cache, flip=data.flip, share=share)
             self.watch.mark("caching text states")
             texts = cache_text(model, source, cache, captions=data.captions, share=share)
-        # Pictures reach training cut and scaled: that is the original the network is told of.
-        whole, corner, side = (data.resolution, data.resolution), (0, 0), model.sizes
-        row = sizes_of(side, whole, corner, whole, AESTHETIC_SCORE) if side else None
-        return CachedBatches(
-            *(moments, texts.states, texts.rows, self.recipe.diffusion.caption_dropout, texts.pooled),
-            sizes=None if row is None else [row] * len(source),
-        )
+        values = {}
+        if model.sizes:
+            # Pictures reach training cut and scaled: that is the original the network is told of.
+            whole = (data.resolution, data.resolution)
+            row = sizes_of(model.sizes, whole, (0, 0), whole, AESTHETIC_SCORE)
+            values["sizes"] = np.tile(np.array(row, dtype=np.float32), (len(source), 1))
+        return CachedBatches(moments, texts.parts(), texts.rows, self.recipe.diffusion.caption_dropout, values)
 
     def _frozen(self, network: Any) -> Any:
         return network.eval().requires_grad_(False).to(self.accelerator.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -236,6 +236,58 @@ class Diffusion(Section):
     caption_dropout: float = Field(default=0.1, ge=0, le=1, description="share of captions replaced by the empty one")
 
 
+class Token(Section):
+    """A word to be learned (textual inversion, arXiv 2208.01618)."""
+
+    start: str = Field(default="", description="known word to start from, such as `dog` (empty: the mean of all words)")
+    vectors: int = Field(default=1, ge=1, le=32, description="embeddings it stands for, as so many words")
+
+
+class Prior(Section):
+    """Pictures of the class that a subject belongs to, trained beside it so that the class is kept (arXiv 2208.12242,
+    section 3.2): made once with the model as it is, and kept in `data.cache`, or a folder of them."""
+
+    prompt: str = Field(default="", description="what they show, such as `a dog`")
+    pictures: int = Field(default=100, ge=1, description="how many are made")
+    path: str | None = Field(default=None, description="folder of such pictures (null: they are made)")
+    weight: float = Field(default=1.0, gt=0, description="of their loss; of the subject's it is 1")
+
+
+class Finetune(Section):
+    """What is trained of the model in `unet.from`, and how. Results: runs/NAME/adapter, for `full` model."""
+
+    method: Literal["full", "lora", "dora", "lokr", "loha", "none"] = Field(
+        default="lora",
+        description="the U-Net's weights (full), small matrices beside them, or none (with `tokens` or `control`)",
+    )
+    text_encoders: bool = Field(default=False, description="train the text encoders too, in the same way")
+    text_learning_rate: float | None = Field(default=None, gt=0, description="theirs (null: train.learning_rate)")
+    rank: int = Field(default=16, ge=1, description="of the small matrices")
+    alpha: float | None = Field(default=None, gt=0, description="their scale is alpha / rank (null: as rank)")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of their input")
+    targets: tuple[str, ...] = Field(
+        default=("attention",),
+        min_length=1,
+        description="layers that get them: attention, feed_forward, convolution, all, or regular expressions of names",
+    )
+    rank_pattern: dict[str, int] = Field(default={}, description="regular expression of names -> another rank")
+    alpha_pattern: dict[str, float] = Field(default={}, description="regular expression of names -> another alpha")
+    tokens: dict[str, Token] = Field(default={}, description="words to be learned, such as `<my-dog>`: {start: dog}")
+    token_learning_rate: float = Field(default=5e-3, gt=0)
+    prior: Prior | None = None
+    inpainting: bool = Field(default=False, description="learn to fill masked parts; a plain U-Net gets the channels")
+    control: Literal["edge", "picture"] | None = Field(
+        default=None,
+        description="train a ControlNet beside the U-Net: to follow edges found in the pictures, or a second picture "
+        "of each example (arXiv 2302.05543)",
+    )
+    layouts: tuple[Literal["diffusers", "kohya", "comfyui"], ...] = Field(
+        default=("diffusers", "kohya"),
+        min_length=1,
+        description="files of small matrices, by who reads their names",
+    )
+
+
 class Train(Section):
     """The loop. These are the U-Net's settings; `autoencoder.train` and `text_encoder.train` may differ from them."""
 
@@ -343,11 +395,31 @@ class Recipe(Section):
     text_encoder: TextEncoder = TextEncoder()
     unet: UNet = UNet()
     diffusion: Diffusion = Diffusion()
+    finetune: Finetune | None = Field(default=None, description="train parts of `unet.from` (null: all of the U-Net)")
     train: Train = Train()
     preview: Preview = Preview()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_one_model(cls, values: Any) -> Any:
+        """A U-Net belongs to its autoencoder and text encoder: `unet.from` alone says where all three come from."""
+        unet = values.get("unet") if isinstance(values, dict) else None
+        source = unet.source if isinstance(unet, UNet) else unet.get("from") if isinstance(unet, dict) else None
+        if source is None:
+            return values
+        filled = dict(values)
+        for name in ("autoencoder", "text_encoder"):
+            part = values.get(name)
+            if part is None:
+                filled[name] = {"from": source}
+            elif isinstance(part, dict) and part.get("from") is None:
+                filled[name] = {**part, "from": source}
+        return filled
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if self.finetune is not None:
+            self._require_sense(self.finetune)
         if self.data.source == "folder" and not self.data.path:
             raise ValueError("data.path: say which folder holds the pictures (data.path=my_pictures)")
         a = self.autoencoder
@@ -373,6 +445,18 @@ class Recipe(Section):
         if self.autoencoder.source is None and self.data.resolution % factor:
             raise ValueError(f"data.resolution: must be a multiple of {factor}, the autoencoder's reduction")
         return self
+
+    def _require_sense(self, f: Finetune) -> None:
+        if self.unet.source is None:
+            raise ValueError("finetune: say which model to start from: unet.from=FOLDER")
+        if f.method == "none" and not f.tokens and f.control is None:
+            raise ValueError("finetune.method: none trains nothing; name finetune.tokens or finetune.control")
+        if f.control is not None and (f.method != "none" or f.text_encoders or f.tokens):
+            raise ValueError("finetune.control: a ControlNet is trained beside a model that stays; say method: none")
+        if f.text_encoders and f.method == "none":
+            raise ValueError("finetune.text_encoders: say with which method; none trains words alone")
+        if f.prior is not None and not f.prior.prompt:
+            raise ValueError("finetune.prior.prompt: say what class the subject belongs to, such as `a dog`")
 
     def stage_train(self, stage: str) -> Train:
         """The training settings of a stage: its own where given, `train`'s otherwise."""

@@ -22,7 +22,7 @@ from latentgen.data.fetch import first_captions, to_tensor
 from latentgen.data.sources.base import Source
 from latentgen.formats.model import Model
 from latentgen.models.autoencoder import encode_moments, factor
-from latentgen.models.text import pooled_width, prompt_length, states_width
+from latentgen.models.text import pooled_width, prompt_length, states_width, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -83,13 +83,39 @@ def cache_latents(model: Model, source: Source, folder: Path, *, flip: bool, sha
     return cache.open()
 
 
+Rows = Sequence[tuple[int, ...]]
+"""For each example, the numbers of its captions in a table."""
+
+
 class Texts(NamedTuple):
     """Of m distinct captions, row 0 the empty one: `states` `[m, t, d]` and `pooled` `[m, p]` (None where the U-Net
     reads none), float16; and each example's rows."""
 
     states: NDArray[np.float16]
     pooled: NDArray[np.float16] | None
-    rows: Sequence[tuple[int, ...]]
+    rows: Rows
+
+    def parts(self) -> dict[str, NDArray[np.float16]]:
+        """By the names that `models.context.context_of` reads."""
+        return {"context": self.states, **({} if self.pooled is None else {"pooled": self.pooled})}
+
+
+def token_table(model: Model, source: Source, *, captions: int | None) -> tuple[dict[str, NDArray], Rows]:
+    """Token ids `[m, t]` of every distinct caption for each text encoder, row 0 the empty one, and which row `empty`
+    `[m]` is; and each example's rows: for training that runs the text encoders itself."""
+    distinct, rows = distinct_captions(source, captions)
+    table = {tower.name: tokenize(tower.tokenizer, distinct).numpy() for tower in model.towers}
+    return {**table, "empty": np.array([caption == "" for caption in distinct])}, rows
+
+
+def distinct_captions(source: Source, limit: int | None) -> tuple[list[str], Rows]:
+    """Every caption once, the empty one first; and for each example the numbers of its own."""
+    number: dict[str, int] = {"": 0}
+    rows = [
+        tuple(number.setdefault(caption, len(number)) for caption in first_captions(source, index, limit))
+        for index in range(len(source))
+    ]
+    return list(number), rows
 
 
 @torch.no_grad()
@@ -100,12 +126,7 @@ def cache_text(model: Model, source: Source, folder: Path, *, captions: int | No
         folder: all caches; this one is the subfolder named by text encoder, tokenizer and captions.
         captions: at most so many captions of an example.
     """
-    number: dict[str, int] = {"": 0}
-    rows = [
-        tuple(number.setdefault(caption, len(number)) for caption in first_captions(source, index, captions))
-        for index in range(len(source))
-    ]
-    distinct = list(number)
+    distinct, rows = distinct_captions(source, captions)
     towers = [(weights_key(tower.encoder), tower.tokenizer.backend_tokenizer.to_str()) for tower in model.towers]
     length, width, pooled = prompt_length(model.towers), states_width(model.towers), pooled_width(model.towers)
     shape = (length * width + pooled,) if pooled else (length, width)

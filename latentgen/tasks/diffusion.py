@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn import functional
 
 from latentgen.core.rand import Draw
 from latentgen.diffusion.forward import diffuse
@@ -23,9 +22,10 @@ from latentgen.diffusion.parameterization import EDM, X0, Eps, Parameterization,
 from latentgen.diffusion.variational import bound_term, interpolated_log_variance
 from latentgen.engine.task import Phase
 from latentgen.formats.model import Model
-from latentgen.models.autoencoder import latents_of, sample_latents
-from latentgen.models.context import Context, context_of
-from latentgen.models.unet import attention_kernel
+from latentgen.models.autoencoder import encode_moments, latents_of, sample_latents
+from latentgen.models.context import Context, context_of, zero
+from latentgen.models.text import encode_tokens
+from latentgen.models.unet import attention_kernel, predict
 from latentgen.pipelines.generate import Request, generate
 from latentgen.pipelines.pictures import grid, save_png
 
@@ -75,6 +75,8 @@ class Noised:
         share: `[b]`, what each example counts where its level was drawn more often than others (else 1).
         quantile: `[b]` in [0, 1], where sigma stands among the levels drawn.
         context: what the network reads of the captions.
+        channels: `[b, k, h, w]`, shown beside x: mask and surroundings, to an inpainting network; None for others.
+        control: `[b, 3, H, W]` in [0, 1], what a ControlNet is shown; None without one.
     """
 
     x0: Tensor
@@ -84,13 +86,20 @@ class Noised:
     share: Tensor
     quantile: Tensor
     context: Context
+    channels: Tensor | None = None
+    control: Tensor | None = None
+
+
+Networks = Mapping[str, Any]
+"""The networks of a model by their names, wrapped, averaged or as they are."""
 
 
 class DiffusionTask:
-    """Teach the U-Net of `model` to denoise its latents.
+    """Teach the U-Net of `model`, or other networks of it through the U-Net's error, to denoise its latents.
 
     Args:
-        model: the networks; only the U-Net is trained, the others draw previews.
+        model: the networks; those that are not trained take part as they are.
+        trains: names of the networks that are trained, as `Model.networks` names them.
         previews: pictures drawn at every preview.
         columns: how many of them share a prompt and so a row.
         kernel: attention kernel while training, as `models.unet.attention_kernel` names them.
@@ -106,19 +115,24 @@ class DiffusionTask:
         previews: Sequence[Request],
         *,
         columns: int,
+        trains: Sequence[str] = ("unet",),
         kernel: str = "auto",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model, self.objective, self.previews, self.columns = model, objective, previews, columns
         self.kernel, self.dtype = kernel, dtype
-        self.modules: dict[str, nn.Module] = {"unet": model.unet}
-        self.averaged: tuple[str, ...] = ("unet",)
+        self._frozen = model.networks()
+        self.modules: dict[str, nn.Module] = {name: self._frozen.pop(name) for name in trains}
+        self.averaged: tuple[str, ...] = tuple(trains)
         if objective.balanced or objective.density is None:
             self.modules["log_variance"] = LogVariance()
 
     def phases(self) -> tuple[Phase, ...]:
         """One optimizer for all that is trained."""
         return (Phase("unet", tuple(self.modules)),)
+
+    def _networks(self) -> Networks:
+        return {**self._frozen, **self.modules}
 
     def _device(self) -> torch.device:
         return next(self.model.unet.parameters()).device  # the library's own property walks through all modules
@@ -127,9 +141,12 @@ class DiffusionTask:
         """The random part of a step, a function of the step, the position in the global batch and, where levels are
         drawn by their loss, of what has been learned of it."""
         u = stratified(draw.uniform("level"), draw.permutation("stratum"), draw.global_batch)
-        return self._noised(batch, draw, u, *self._levels(u))
+        sigma, share = self._levels(u)
+        if "weight" in batch:
+            share = share * batch["weight"].to(share.device)
+        return self._noised(self._networks(), batch, draw, u, sigma, share)
 
-    def _noised(self, batch: Any, draw: Draw, u: Tensor, sigma: Tensor, share: Tensor) -> Noised:
+    def _noised(self, networks: Networks, batch: Any, draw: Draw, u: Tensor, sigma: Tensor, share: Tensor) -> Noised:
         device, shape = self._device(), batch["mean"].shape[1:]
         z = batch["mean"]
         if self.objective.posterior == "sample":
@@ -140,7 +157,33 @@ class DiffusionTask:
         if self.objective.input_perturbation > 0:
             shown = perturbed(noise, draw.normal("perturbation", shape), self.objective.input_perturbation)
         x = diffuse(x0, shown.to(device), sigma)
-        return Noised(x0, noise.to(device), x, sigma, share, u.to(device), context_of(batch, device))
+        return Noised(
+            *(x0, noise.to(device), x, sigma, share, u.to(device), self._context(networks, batch)),
+            channels=self._channels(networks, batch),
+            control=batch["control"].to(device) if "control" in batch else None,
+        )
+
+    def _context(self, networks: Networks, batch: Any) -> Context:
+        """What the U-Net reads of the captions: cached, or encoded here where a text encoder is trained."""
+        device = self._device()
+        if "context" in batch:
+            return context_of(batch, device)
+        towers = self.model.towers
+        encoders = [networks[tower.name] for tower in towers]
+        context = encode_tokens(towers, [batch[tower.name].to(device) for tower in towers], encoders)
+        if self.model.zero_empty:
+            context = zero(context, batch["empty"].to(device))
+        return context._replace(sizes=batch["sizes"].to(device)) if "sizes" in batch else context
+
+    @torch.no_grad()
+    def _channels(self, networks: Networks, batch: Any) -> Tensor | None:
+        """The mask, in latents, and the latents of the picture outside of it, for an inpainting network."""
+        if "mask" not in batch:
+            return None
+        device, mask = self._device(), batch["mask"]
+        mean, _ = encode_moments(networks["vae"], (batch["image"] * (1 - mask)).to(device))
+        outside = latents_of(self.model.vae, mean)
+        return torch.cat([functional.interpolate(mask.to(device), outside.shape[2:], mode="nearest"), outside], dim=1)
 
     def _levels(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """sigma `[b]`, and what each example counts `[b]`, on the network's device."""
@@ -172,7 +215,7 @@ class DiffusionTask:
         learned: the variational bound's terms summed over all times, in bits per dimension.
         """
         d, p, o = self.draws(batch, draw), self.objective.parameterization, self.objective
-        error, each, out = self._errors(self.modules["unet"], d, training=True)
+        error, each, out = self._errors(self._networks(), d, training=True)
         loss = each * d.share
         if "log_variance" in self.modules:
             u = self.modules["log_variance"](d.sigma)
@@ -187,13 +230,13 @@ class DiffusionTask:
             loss, values["vlb"] = loss + o.vlb_weight * vlb, vlb.mean()
         return {"loss": loss.mean(), **values}
 
-    def _errors(self, unet: nn.Module, d: Noised, *, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _errors(self, networks: Networks, d: Noised, *, training: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Of each example `[b]` the squared error and the weighted loss; and all that the network gives."""
         p, o = self.objective.parameterization, self.objective
         c = p.scalings(d.sigma)
         with attention_kernel(self.kernel, device=d.x.device, dtype=self.dtype, training=training):
             x_in = per_example(c.c_in, d.x) * d.x
-            out = unet(x_in, c.c_noise, **d.context.inputs(), return_dict=False)[0].float()
+            out = predict(networks, x_in, c.c_noise, d.context, channels=d.channels, control=d.control).float()
         prediction, target = out[:, : d.x.shape[1]], p.target(d.x0, d.noise, d.sigma)
         fraction = p.fraction_of_sigma(d.sigma)
         error = mse(prediction, target, fraction, d.sigma)
@@ -211,15 +254,14 @@ class DiffusionTask:
         u = stratified(draw.uniform("level"), draw.permutation("stratum"), draw.global_batch)
         u = (draw.step + u) / LEVELS
         sigma = (o.density or uniform)(u, o.parameterization).to(device)
-        d = self._noised(batch, draw, u, sigma, torch.ones_like(sigma))
-        error, each, _ = self._errors(averaged["unet"], d, training=False)
+        networks = {**self._frozen, **averaged}
+        d = self._noised(networks, batch, draw, u, sigma, torch.ones_like(sigma))
+        error, each, _ = self._errors(networks, d, training=False)
         return {"loss": each, "error": error}
 
     def preview(self, averaged: Mapping[str, nn.Module], step: int, folder: Path) -> dict[str, float]:
-        """Draw the preview requests with the averaged U-Net."""
-        unet = averaged["unet"]
-        assert isinstance(unet, UNet2DConditionModel)
-        pictures = list(generate(dataclasses.replace(self.model, unet=unet), self.previews))
+        """Draw the preview requests with the averaged networks."""
+        pictures = list(generate(self.model.with_networks(averaged), self.previews))
         prompts = [request.prompt for request in self.previews[:: self.columns]]
         sheet = grid(pictures, self.columns, prompts, scale=max(1, 128 // pictures[0].width))
         layout = {"captions": prompts, "columns": self.columns}

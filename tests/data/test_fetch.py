@@ -38,7 +38,7 @@ def cached(variants: int = 1, dropout: float = 0.0, examples: int = 8) -> Cached
     moments[:, 1] = moments[:, 0] + 0.5
     states = np.broadcast_to(np.arange(2 * examples + 1, dtype=np.float16).reshape(-1, 1, 1), (2 * examples + 1, 3, 2))
     rows = [(2 * i + 1, 2 * i + 2) for i in range(examples)]
-    return CachedBatches(moments, states, rows, dropout)
+    return CachedBatches(moments, {"context": states}, rows, dropout)
 
 
 def test_to_tensor_maps_bytes_to_one() -> None:

@@ -70,7 +70,7 @@ def test_a_key_unlike_any_other_lists_the_sections() -> None:
         load_recipe(None, ["zzz=1"])
     assert str(told.value) == (
         "command line: unknown key `zzz`; the sections are name, seed, data, autoencoder, text_encoder, unet, "
-        "diffusion, train, preview"
+        "diffusion, finetune, train, preview"
     )
 
 

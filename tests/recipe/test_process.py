@@ -54,7 +54,7 @@ def cached() -> CachedBatches:
     moments = np.full((8, 2, 4, 4, 4), 0.05, np.float16)
     moments[:, 0] = source.standard_normal((8, 4, 4, 4))
     states = source.standard_normal((17, 10, 16)).astype(np.float16)
-    return CachedBatches(moments, states, [(2 * i + 1, 2 * i + 2) for i in range(8)], 0.0)
+    return CachedBatches(moments, {"context": states}, [(2 * i + 1, 2 * i + 2) for i in range(8)], 0.0)
 
 
 def made(recipe: Recipe, tiny: Model) -> Model:

@@ -64,9 +64,10 @@ def record(folder: str) -> None:
         return batch
 
     def cached(self: fetch.CachedBatches, draw: Draw) -> dict[str, Tensor]:
-        spied = dataclasses.replace(self, moments=Spy(self.moments), states=Spy(self.states))  # type: ignore[arg-type]
+        moments, states = Spy(self.moments), Spy(self.texts["context"])
+        spied = dataclasses.replace(self, moments=moments, texts={"context": states})  # type: ignore[arg-type]
         batch = plain_cached(spied, draw)
-        latent, caption = spied.moments.rows, spied.states.rows  # type: ignore[attr-defined]
+        latent, caption = moments.rows, states.rows
         write(
             draw,
             example=list(draw.indices),

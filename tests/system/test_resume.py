@@ -16,7 +16,7 @@ STEP = "latentgen.engine.step:Stepper.__call__"
 SAVED_FILE = "latentgen.engine.checkpoint:encoded"
 SYNCED = "latentgen.core.files:fsync_tree"
 ENCODED = "latentgen.tasks.caching:encode_moments"
-TEXT = "latentgen.tasks.caching:encode_text"
+TEXT = "latentgen.formats.model:encode_text"
 KILL, INT = int(signal.SIGKILL), int(signal.SIGINT)
 
 # Each stop is (function, call): the run is stopped at that call, counted from the last start. 3 steps are an epoch, and

@@ -14,7 +14,7 @@ STEP = "latentgen.engine.step:Stepper.__call__"
 VALIDATION = "latentgen.engine.validation:Validation.run"
 WRITE = "latentgen.engine.saver:write_contents"
 VAE, UNET = "latentgen.tasks.vae:VaeTask.preview", "latentgen.tasks.diffusion:DiffusionTask.preview"
-ENCODED, TEXT = "latentgen.tasks.caching:encode_moments", "latentgen.tasks.caching:encode_text"
+ENCODED, TEXT = "latentgen.tasks.caching:encode_moments", "latentgen.formats.model:encode_text"
 
 PLACES = [
     ("while it starts", "latentgen.recipe.run:note_start", 1, None),

@@ -35,7 +35,7 @@ def cached(dropout: float = 0.3) -> CachedBatches:
     moments = source.standard_normal((8, 2, 4, 4, 4)).astype(np.float16)
     moments[:, 1] = np.abs(moments[:, 1])
     states = source.standard_normal((17, 10, 16)).astype(np.float16)
-    return CachedBatches(moments, states, [(2 * i + 1, 2 * i + 2) for i in range(8)], dropout)
+    return CachedBatches(moments, {"context": states}, [(2 * i + 1, 2 * i + 2) for i in range(8)], dropout)
 
 
 def objective(model: Model, weight: Callable[..., Tensor] = unit) -> Objective:
