@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,11 +30,15 @@ class Phase:
         name: passed to `Task.losses`, and names the optimizer in checkpoints.
         trains: names of the modules whose parameters it updates.
         start: first step at which the phase runs (an adversarial phase starts late).
+        rates: module -> factor on the scheduled learning rate, which the log has; 1 where nothing is said.
+        no_decay: modules of which nothing decays: learned tokens, adapters.
     """
 
     name: str
     trains: tuple[str, ...]
     start: int = 0
+    rates: Mapping[str, float] = field(default_factory=dict)
+    no_decay: tuple[str, ...] = ()
 
 
 class Task(Protocol):

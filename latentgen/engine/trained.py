@@ -60,7 +60,7 @@ class Trained:
         fast_bf16 = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda"
         for phase in task.phases():
             optimizer = optim.build_optimizer(
-                [self.plain[name] for name in phase.trains],
+                {name: self.plain[name] for name in phase.trains},
                 kind=settings.optimizer,
                 lr=settings.learning_rate,
                 betas=(settings.beta1, settings.beta2),
@@ -71,6 +71,8 @@ class Trained:
         for name, module in self.plain.items():
             cut = shards is not None and name in self.ema
             # In accelerate's words, evaluation_mode is mixed precision without DDP.
+                rates=phase.rates,
+                no_decay=phase.no_decay,
             task.modules[name] = accelerator.prepare_model(module.train(), evaluation_mode=cut)
         check_found(task.modules, self.ema.keys() if shards is not None else (), accelerator.num_processes)
 
