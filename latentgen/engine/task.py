@@ -28,7 +28,7 @@ class Phase:
 
     Args:
         name: passed to `Task.losses`, and names the optimizer in checkpoints.
-        trains: names of the modules whose parameters it updates.
+        trains: names of the modules whose parameters it updates, those that require gradients before training.
         start: first step at which the phase runs (an adversarial phase starts late).
         rates: module -> factor on the scheduled learning rate, which the log has; 1 where nothing is said.
         no_decay: modules of which nothing decays: learned tokens, adapters.
@@ -45,7 +45,10 @@ class Task(Protocol):
     """What can be trained. A task has no loop of its own.
 
     `modules` holds every trained network by name; the loop replaces each by its distributed wrapper, so `losses` must
-    call them through this mapping and by `forward`. `averaged` names the modules of which an EMA is kept.
+    call them through this mapping and by `forward`. `averaged` names the modules of which an EMA is kept, and which
+    FSDP cuts.
+
+    Parameters that do not require gradients are frozen: they are in no checkpoint, and averages share them.
     """
 
     name: str
