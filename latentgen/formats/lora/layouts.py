@@ -173,8 +173,13 @@ LAYOUTS: Mapping[str, Layout] = {
             _PEFT,
             _diffusers_names,
             lambda network, modules: f"{network}.",
-            # diffusers recognises a text tower's keys by this spelling, or by another that only attention has.
-            {"lora.down": ".lora_linear_layer.down.weight", "lora.up": ".lora_linear_layer.up.weight"},
+            # diffusers knows a text tower's keys by this spelling, or by another that only attention has; and hands
+            # them to transformers, which wants DoRA's magnitudes by their whole name.
+            {
+                "lora.down": ".lora_linear_layer.down.weight",
+                "lora.up": ".lora_linear_layer.up.weight",
+                "magnitude": ".lora_magnitude_vector.weight",
+            },
             magnitude_of_outputs=True,
         ),
     )

@@ -123,7 +123,7 @@ def _adjusted(modules: Modules, layout: str) -> Modules:
             for network, own in modules.items()
         }
     if layout == "kohya":
-        _warn_of_half_attention(modules)
+        _warn_of_diffusers(modules)
         everything = [factors for own in modules.values() for factors in own.values()]
         if any(factors.alpha is not None for factors in everything):
             # Where some alphas are given, diffusers scales the other modules by the commonest of them.
@@ -145,7 +145,7 @@ def _with_alpha(factors: Factors) -> Factors:
     return Factors(factors.kind, factors.tensors, torch.tensor(float(factors.rank)), factors.magnitude)
 
 
-def _warn_of_half_attention(modules: Modules) -> None:
+def _warn_of_diffusers(modules: Modules) -> None:
     for network, own in modules.items():
         layers = {path.rsplit(".", 1)[0] for path in own if network != UNET and ".self_attn." in path}
         lacking = [layer for layer in layers if f"{layer}.out_proj" not in own]
@@ -154,6 +154,12 @@ def _warn_of_half_attention(modules: Modules) -> None:
                 "%s: no adapter at %s.out_proj; diffusers opens kohya files only where attention has all four",
                 network,
                 lacking[0],
+            )
+        alphas = {factors.alpha.item() for factors in own.values() if factors.alpha is not None}
+        if len(alphas) > 1:
+            log.warning(
+                "%s: alphas differ between modules; diffusers takes those of attention wrongly from kohya files",
+                network,
             )
 
 
