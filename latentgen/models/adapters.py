@@ -18,7 +18,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from latentgen.core.errors import UserError
-from latentgen.models.deltas import TENSORS, Factors
+from latentgen.models.deltas import TENSORS, Factors, scaled
 
 ADAPTER = "default"
 """The name under which peft keeps the adapter; a network has one."""
@@ -121,28 +121,33 @@ def adaptable(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return found
 
 
-def targets_of(network: nn.Module, spec: AdapterSpec) -> list[str]:
-    """Paths, as in `adaptable`, of the modules that `spec` adapts.
+def targets_of(networks: Mapping[str, nn.Module], spec: AdapterSpec) -> dict[str, list[str]]:
+    """For each network, the paths, as in `adaptable`, of the modules that `spec` adapts.
 
     Raises:
-        UserError: a regular expression is in no path, or the groups have no module in this network.
+        UserError: a regular expression is in no path of any network, or a network has no target.
     """
-    paths = list(adaptable(network))
-    chosen: set[str] = set()
+    paths = {name: list(adaptable(network)) for name, network in networks.items()}
+    everything = [path for own in paths.values() for path in own]
     for target in spec.targets:
-        found = _searched(GROUPS.get(target, target), paths)
-        if not found and target not in GROUPS:
-            raise UserError(f'adapter: target "{target}" is in no module of the network{_nearest(target, paths)}')
-        chosen.update(found)
-    if not chosen:
-        raise UserError(
-            f"adapter: a {type(network).__name__} has no modules in {', '.join(spec.targets)}; "
-            f"use another of {', '.join(GROUPS)}"
-        )
-    return [path for path in paths if path in chosen]
+        if target not in GROUPS and not _searched(target, everything):
+            raise UserError(f'adapter: target "{target}" is in no module{_nearest(target, everything)}')
+    patterns = [GROUPS.get(target, target) for target in spec.targets]
+    chosen = {name: [path for path in own if any(re.search(p, path) for p in patterns)] for name, own in paths.items()}
+    for name, own in chosen.items():
+        if not own:
+            raise UserError(
+                f"adapter: {name} has no modules in {', '.join(spec.targets)}; leave it out, or add one of "
+                f"{', '.join(GROUPS)}"
+            )
+    targets = [path for own in chosen.values() for path in own]
+    for pattern in (*spec.rank_pattern, *spec.alpha_pattern):
+        if not _searched(pattern, targets):
+            raise UserError(f'adapter: pattern "{pattern}" is in none of the targets{_nearest(pattern, targets)}')
+    return chosen
 
 
-def _searched(pattern: str | re.Pattern[str], paths: Iterable[str]) -> list[str]:
+def _searched(pattern: str, paths: Iterable[str]) -> list[str]:
     return [path for path in paths if re.search(pattern, path)]
 
 
@@ -154,36 +159,40 @@ def _nearest(pattern: str, paths: Iterable[str]) -> str:
     return f"; the nearest are {', '.join(near)}" if near else f"; a module is called {next(iter(paths))}"
 
 
-def add_adapter(network: nn.Module, spec: AdapterSpec) -> None:
-    """Put a new adapter into `network`, in place, and freeze everything else.
+def add_adapters(networks: Mapping[str, nn.Module], spec: AdapterSpec) -> None:
+    """Put a new adapter into each network, in place, and freeze everything else.
 
-    The adapter's weights are float32, whatever type the network has, and are drawn from torch's global generator: seed
-    it to have the same ones. The network's output does not change yet.
+    The adapters' weights are float32, whatever type a network has, and are drawn from torch's global generator, network
+    by network: seed it to have the same ones. The networks' outputs do not change yet.
+
+    Args:
+        networks: by "unet", "text_encoder", "text_encoder_2", or any names; messages use them.
+        spec: the same for all; a pattern need only be found in one of them.
 
     Raises:
-        UserError: `spec` does not fit the network, or there is an adapter already.
+        UserError: `spec` does not fit the networks, or one has an adapter already; nothing is changed then.
     """
-    if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
-        raise UserError(f"adapter: the {type(network).__name__} has one already; train that, or start from the model")
-    targets = targets_of(network, spec)
-    grouped = [path for path in targets if isinstance(conv := adaptable(network)[path], nn.Conv2d) and conv.groups > 1]
-    if grouped and spec.kind != "lora":
-        raise UserError(f"adapter: {spec.kind} of the grouped convolution {grouped[0]} is not supported; use lora")
-    inject_adapter_in_model(_config(spec, targets), network, adapter_name=ADAPTER)
-    network.requires_grad_(False)
-    with torch.no_grad():
+    targets = targets_of(networks, spec)
+    for name, network in networks.items():
+        if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+            raise UserError(f"adapter: {name} has one already; train that, or load the model again")
+        modules = adaptable(network)
+        for path in targets[name]:
+            module = modules[path]
+            if spec.kind != "lora" and isinstance(module, nn.Conv2d) and module.groups > 1:
+                raise UserError(f"adapter: {spec.kind} has no form for the grouped convolution {path}; use lora")
+    for name, network in networks.items():
+        inject_adapter_in_model(_config(spec, targets[name]), network, adapter_name=ADAPTER)
+        network.requires_grad_(False)
         for parameter in adapter_parameters(network).values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-    assert set(adapter_factors(network)) == set(targets), "peft matched other modules"
+        assert set(adapter_factors(network)) == set(targets[name]), "peft matched other modules"
 
 
 def _config(spec: AdapterSpec, targets: list[str]) -> LoraConfig | LoKrConfig | LoHaConfig:
     ranks = {path: _first(spec.rank_pattern, path, spec.rank) for path in targets}
     alphas = {path: _first(spec.alpha_pattern, path, spec.alpha) for path in targets}
-    for pattern in (*spec.rank_pattern, *spec.alpha_pattern):
-        if not _searched(pattern, targets):
-            raise UserError(f'adapter: pattern "{pattern}" is in none of the targets{_nearest(pattern, targets)}')
     common: dict[str, Any] = {
         "r": spec.rank,
         "target_modules": targets,
@@ -255,7 +264,7 @@ def load_adapter_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def _require_adapter(network: nn.Module) -> None:
     if not any(isinstance(module, BaseTunerLayer) for module in network.modules()):
-        raise UserError(f"the {type(network).__name__} has no adapter; call add_adapter first")
+        raise UserError(f"the {type(network).__name__} has no adapter; call add_adapters first")
 
 
 def adapter_factors(network: nn.Module) -> dict[str, Factors]:
@@ -301,8 +310,7 @@ def _loha(layer: Any) -> Factors:
 def _lokr(layer: Any) -> Factors:
     parts = {name: getattr(layer, f"lokr_{name}") for name in TENSORS["lokr"]}
     tensors = {name: _kept(part[ADAPTER]) for name, part in parts.items() if ADAPTER in part}
-    factors = Factors("lokr", tensors, _alpha(layer))
-    if factors.rank is None:
-        # Without an inner dimension there is nothing that alpha could be divided by: the scale goes into a factor.
-        return Factors("lokr", {**tensors, "w1": tensors["w1"] * layer.scaling[ADAPTER]})
-    return factors
+    factors = Factors("lokr", tensors)
+    if factors.rank is None:  # whole factors have nothing that alpha could be divided by
+        return scaled(factors, layer.scaling[ADAPTER])
+    return Factors("lokr", tensors, _alpha(layer))

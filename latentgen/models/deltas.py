@@ -102,12 +102,18 @@ def without_mid(factors: Factors) -> Factors:
 
 
 def without_scale(factors: Factors) -> Factors:
-    """The same change with a scale of 1 and no alpha: the scale is multiplied into one of the factors."""
-    if factors.scale == 1.0:
-        return Factors(factors.kind, factors.tensors, None, factors.magnitude)
+    """The same change with a scale of 1 and no alpha."""
+    plain = Factors(factors.kind, factors.tensors, None, factors.magnitude)
+    return scaled(plain, factors.scale)
+
+
+def scaled(factors: Factors, by: float) -> Factors:
+    """`by` times the change (before DoRA's magnitude), multiplied into one of the factors."""
+    if by == 1.0:
+        return factors
     into = next(name for name in ("up", "w1", "w1_a") if name in factors.tensors)
-    scaled = (factors.tensors[into].float() * factors.scale).to(factors.tensors[into].dtype)
-    return Factors(factors.kind, {**factors.tensors, into: scaled}, None, factors.magnitude)
+    value = (factors.tensors[into].float() * by).to(factors.tensors[into].dtype)
+    return Factors(factors.kind, {**factors.tensors, into: value}, factors.alpha, factors.magnitude)
 
 
 def _low_rank(t: Mapping[str, Tensor], name: str, core: str) -> Tensor:

@@ -17,7 +17,7 @@ from latentgen.models.adapters import (
     adapter_factors,
     adapter_parameters,
     adapter_state,
-    add_adapter,
+    add_adapters,
     load_adapter_state,
     targets_of,
 )
@@ -56,7 +56,7 @@ def test_a_new_adapter_changes_nothing_and_only_it_learns(family: str, kind: Any
     before = outputs(networks)
     frozen = {name: copy.deepcopy(network.state_dict()) for name, network in networks.items()}
     for name, network in networks.items():
-        add_adapter(network, AdapterSpec(kind=kind, rank=2, alpha=1, targets=EVERYWHERE))
+        add_adapters({"unet": network}, AdapterSpec(kind=kind, rank=2, alpha=1, targets=EVERYWHERE))
         trainable = {n for n, p in network.named_parameters() if p.requires_grad}
         assert trainable == set(adapter_parameters(network))
         assert trainable
@@ -73,7 +73,7 @@ def test_a_new_adapter_changes_nothing_and_only_it_learns(family: str, kind: Any
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_adapter_is_float32_whatever_the_network_is(kind: Any, dtype: torch.dtype) -> None:
     networks: Any = {"unet": tiny_networks("sd1")["unet"].to(dtype)}
-    add_adapter(networks["unet"], AdapterSpec(kind=kind, rank=2, targets=EVERYWHERE))
+    add_adapters({"unet": networks["unet"]}, AdapterSpec(kind=kind, rank=2, targets=EVERYWHERE))
     assert {p.dtype for p in adapter_parameters(networks["unet"]).values()} == {torch.float32}
     assert {m.weight.dtype for m in adaptable(networks["unet"]).values()} == {dtype}
     loss_of(networks, "unet").backward()
@@ -87,7 +87,7 @@ def test_the_seed_decides_the_first_weights(kind: Any) -> None:
     for seed in (1, 1, 2):
         network = tiny_networks("sd1")["text_encoder"]
         torch.manual_seed(seed)
-        add_adapter(network, AdapterSpec(kind=kind, rank=2))
+        add_adapters({"unet": network}, AdapterSpec(kind=kind, rank=2))
         states.append(adapter_state(network))
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
     assert any(not torch.equal(value, states[2][key]) for key, value in states[0].items())
@@ -97,12 +97,12 @@ def test_the_seed_decides_the_first_weights(kind: Any) -> None:
 def test_the_state_goes_to_another_network_and_copies_are_apart(kind: Any) -> None:
     spec = AdapterSpec(kind=kind, rank=2, targets=EVERYWHERE)
     one: Any = tiny_networks("sd1")
-    add_adapter(one["unet"], spec)
+    add_adapters({"unet": one["unet"]}, spec)
     train(one, "unet")
     state = {key: value.clone() for key, value in adapter_state(one["unet"]).items()}
     assert not any("default" in key for key in state)
     other: Any = tiny_networks("sd1")
-    add_adapter(other["unet"], spec)
+    add_adapters({"unet": other["unet"]}, spec)
     load_adapter_state(other["unet"], state)
     expected = outputs({"unet": one["unet"]})["unet"]
     assert torch.equal(outputs({"unet": other["unet"]})["unet"], expected)
@@ -116,7 +116,7 @@ def test_the_state_goes_to_another_network_and_copies_are_apart(kind: Any) -> No
 
 def test_a_state_that_is_not_the_adapters_changes_nothing() -> None:
     network = tiny_networks("sd1")["text_encoder"]
-    add_adapter(network, AdapterSpec(rank=2))
+    add_adapters({"unet": network}, AdapterSpec(rank=2))
     state = {key: value + 1 for key, value in adapter_state(network).items()}
     before = {key: value.clone() for key, value in adapter_state(network).items()}
     key = next(iter(state))
@@ -136,7 +136,7 @@ def test_checkpointed_activations_give_the_same_gradients(kind: Any) -> None:
     for checkpointed in (False, True):
         networks: Any = tiny_networks("sd1")
         torch.manual_seed(0)
-        add_adapter(networks["unet"], AdapterSpec(kind=kind, rank=2, targets=EVERYWHERE))
+        add_adapters({"unet": networks["unet"]}, AdapterSpec(kind=kind, rank=2, targets=EVERYWHERE))
         networks["unet"].train()
         if checkpointed:
             checkpoint_activations(networks["unet"], "auto", dtype=torch.float32)
@@ -147,17 +147,17 @@ def test_checkpointed_activations_give_the_same_gradients(kind: Any) -> None:
 
 
 def test_groups_take_what_their_names_say() -> None:
-    paths = list(adaptable(tiny_networks("sdxl")["unet"]))
-    chosen = {group: set(targets_of(tiny_networks("sdxl")["unet"], AdapterSpec(targets=(group,)))) for group in GROUPS}
-    assert chosen["all"] == set(paths)
+    network = {"unet": tiny_networks("sdxl")["unet"]}
+    chosen = {group: set(targets_of(network, AdapterSpec(targets=(group,)))["unet"]) for group in GROUPS}
+    assert chosen["all"] == set(adaptable(network["unet"]))
     assert {path.split(".")[-1] for path in chosen["attention"]} == {"to_q", "to_k", "to_v", "0"}
     assert {path.split(".")[-1] for path in chosen["feed_forward"]} == {"proj", "2", "proj_in", "proj_out"}
     assert {path.split(".")[-1] for path in chosen["convolution"]} == {"conv1", "conv2", "conv_shortcut", "conv"}
     outside = {path.split(".")[-1] for path in chosen["all"] - set().union(*(chosen[g] for g in EVERYWHERE))}
     assert outside == {"conv_in", "conv_out", "linear_1", "linear_2", "time_emb_proj"}
-    text = tiny_networks("sdxl")["text_encoder_2"]
-    assert len(targets_of(text, AdapterSpec(targets=EVERYWHERE))) == 3 * 6
-    assert "text_projection" in targets_of(text, AdapterSpec(targets=("all",)))
+    text = {"text_encoder_2": tiny_networks("sdxl")["text_encoder_2"]}
+    assert len(targets_of(text, AdapterSpec(targets=EVERYWHERE))["text_encoder_2"]) == 3 * 6
+    assert "text_projection" in targets_of(text, AdapterSpec(targets=("all",)))["text_encoder_2"]
 
 
 def test_patterns_give_modules_their_own_rank_and_alpha() -> None:
@@ -169,7 +169,7 @@ def test_patterns_give_modules_their_own_rank_and_alpha() -> None:
         rank_pattern={r"mid_block.*to_q$": 5, "to_q$": 2, "^conv_in": 1},
         alpha_pattern={"to_v$": 1.5},
     )
-    add_adapter(network, spec)
+    add_adapters({"unet": network}, spec)
     factors = adapter_factors(network)
     for path, own in factors.items():
         rank = 1 if path == "conv_in" else (5 if "mid_block" in path else 2) if path.endswith("to_q") else 3
@@ -181,7 +181,7 @@ def test_patterns_give_modules_their_own_rank_and_alpha() -> None:
 def test_without_alpha_the_scale_is_one_and_rslora_divides_by_the_root() -> None:
     for use_rslora, scale in ((False, 1.0), (True, 2.0)):
         network = tiny_networks("sd1")["text_encoder"]
-        add_adapter(network, AdapterSpec(rank=4, use_rslora=use_rslora))
+        add_adapters({"unet": network}, AdapterSpec(rank=4, use_rslora=use_rslora))
         assert {own.scale for own in adapter_factors(network).values()} == {scale}
 
 
@@ -190,7 +190,7 @@ def test_without_alpha_the_scale_is_one_and_rslora_divides_by_the_root() -> None
 def test_the_factors_are_what_the_adapter_computes(kind: Any, rank: int) -> None:
     """A rank that is larger than the layers makes LoKr keep whole factors."""
     network: Any = tiny_networks("sd1")["unet"]
-    add_adapter(network, AdapterSpec(kind=kind, rank=rank, alpha=rank / 2, targets=EVERYWHERE))
+    add_adapters({"unet": network}, AdapterSpec(kind=kind, rank=rank, alpha=rank / 2, targets=EVERYWHERE))
     train({"unet": network}, "unet")
     plain: Any = tiny_networks("sd1")["unet"]
     modules = adaptable(plain)
@@ -225,20 +225,30 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
 def test_a_target_that_is_nowhere_names_what_was_meant() -> None:
     network = tiny_networks("sd1")["unet"]
     with pytest.raises(UserError, match=r'target "to_qq" is in no module.*to_q'):
-        add_adapter(network, AdapterSpec(targets=("attention", "to_qq")))
+        add_adapters({"unet": network}, AdapterSpec(targets=("attention", "to_qq")))
     with pytest.raises(UserError, match='pattern "fc1" is in none of the targets'):
-        add_adapter(network, AdapterSpec(rank_pattern={"fc1": 2}))
-    with pytest.raises(UserError, match="CLIPTextModel has no modules in convolution"):
-        add_adapter(tiny_networks("sd1")["text_encoder"], AdapterSpec(targets=("convolution",)))
+        add_adapters({"unet": network}, AdapterSpec(rank_pattern={"fc1": 2}))
+    with pytest.raises(UserError, match="text_encoder has no modules in convolution"):
+        add_adapters({"text_encoder": tiny_networks("sd1")["text_encoder"]}, AdapterSpec(targets=("convolution",)))
+
+
+def test_a_pattern_need_only_be_in_one_of_the_networks() -> None:
+    networks = tiny_networks("sdxl")
+    spec = AdapterSpec(rank=3, targets=("attention", "conv_in", "fc1"), rank_pattern={"fc1": 2, "to_q": 1})
+    add_adapters(networks, spec)
+    ranks = {name: {path: f.rank for path, f in adapter_factors(net).items()} for name, net in networks.items()}
+    assert {rank for path, rank in ranks["unet"].items() if path.endswith("to_q")} == {1}
+    assert {rank for path, rank in ranks["text_encoder_2"].items() if path.endswith("fc1")} == {2}
+    assert "conv_in" in ranks["unet"]
 
 
 def test_one_adapter_at_a_time() -> None:
     network = tiny_networks("sd1")["text_encoder"]
     with pytest.raises(UserError, match="has no adapter"):
         adapter_state(network)
-    add_adapter(network, AdapterSpec(rank=2))
+    add_adapters({"unet": network}, AdapterSpec(rank=2))
     with pytest.raises(UserError, match="has one already"):
-        add_adapter(network, AdapterSpec(rank=2))
+        add_adapters({"unet": network}, AdapterSpec(rank=2))
 
 
 def test_a_grouped_convolution_takes_lora_only() -> None:
@@ -248,4 +258,4 @@ def test_a_grouped_convolution_takes_lora_only() -> None:
             self.resnets = nn.ModuleList([nn.ModuleDict({"conv1": nn.Conv2d(4, 4, 3, groups=2)})])
 
     with pytest.raises(UserError, match="grouped convolution"):
-        add_adapter(Grouped(), AdapterSpec(kind="loha", rank=2, targets=("conv1",)))
+        add_adapters({"unet": Grouped()}, AdapterSpec(kind="loha", rank=2, targets=("conv1",)))

@@ -16,7 +16,7 @@ from latentgen.formats.lora.families import described, family_of_tensors, family
 from latentgen.formats.lora.keys import Shapes, Slot, assembled, flaw, grouped, recognised
 from latentgen.formats.lora.metadata import AlphaOf, read_alphas, read_peft_alphas
 from latentgen.models.adapters import adapter_factors, adapter_parameters
-from latentgen.models.deltas import Factors, fits
+from latentgen.models.deltas import Factors, fits, scaled
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +38,14 @@ class LoraFile:
 
 
 def trained_lora(networks: Mapping[str, nn.Module], metadata: Mapping[str, str] | None = None) -> LoraFile:
-    """The adapters that `add_adapter` put into `networks`; networks without one are left out.
+    """The adapters that `add_adapters` put into `networks`; networks without one are left out.
 
     Raises:
         UserError: none of them has an adapter.
     """
     found = {name: adapter_factors(network) for name, network in networks.items() if adapter_parameters(network)}
     if not found:
-        raise UserError(f"none of {', '.join(networks)} has an adapter; call add_adapter first")
+        raise UserError(f"none of {', '.join(networks)} has an adapter; call add_adapters first")
     return LoraFile(modules=found, metadata=dict(metadata or {}))
 
 
@@ -106,7 +106,7 @@ def from_tensors(
     for (network, module), keys in groups.items():
         factors = assembled({name: tensors[key] for name, key in keys.items()}, layout)
         if factors.alpha is None and (alpha := alphas(network, module, factors.rank)) is not None:
-            factors = Factors(factors.kind, factors.tensors, torch.tensor(alpha), factors.magnitude)
+            factors = _with_alpha(factors, alpha)
         if not fits(factors, shapes[network][module]):
             raise UserError(
                 f"{where}: {next(iter(keys.values()))} does not fit the model's {module} "
@@ -114,6 +114,12 @@ def from_tensors(
             )
         modules.setdefault(network, {})[module] = factors
     return LoraFile(modules=modules, metadata=dict(metadata), layout=layout)
+
+
+def _with_alpha(factors: Factors, alpha: float) -> Factors:
+    if factors.rank is None:
+        return scaled(factors, alpha)
+    return Factors(factors.kind, factors.tensors, torch.tensor(alpha), factors.magnitude)
 
 
 def _require_whole(groups: Mapping[tuple[str, str], Mapping[str, str]], slots: Mapping[str, Slot], where: str) -> None:

@@ -24,7 +24,7 @@ KOHYA_HASHES = ("sshs_model_hash", "sshs_legacy_hash")
 """Of the file that holds them; the second, of a part of it, is dropped and no tool needs it."""
 
 AlphaOf = Callable[[str, str, int | None], float | None]
-"""Network, module and rank to alpha; None where the header does not tell."""
+"""Network, module and rank to alpha, or to the scale where there is no rank; None where the header does not tell."""
 
 
 def read_alphas(metadata: Mapping[str, str], where: str) -> AlphaOf:
@@ -67,12 +67,18 @@ def _object(text: str, where: str) -> dict[str, Any]:
 
 def _alpha(settings: Mapping[str, Any], module: str, rank: int | None) -> float | None:
     """peft's rule: a pattern that matches the module, else the one for all; rsLoRA divides by the root of the rank."""
-    if "lora_alpha" not in settings and "alpha" not in settings:
+    default = settings.get("lora_alpha", settings.get("alpha"))
+    if default is None:
         return None
-    patterns = settings.get("alpha_pattern") or {}
-    key = get_pattern_key(list(patterns), module)
-    alpha = float(patterns.get(key, settings.get("lora_alpha", settings.get("alpha"))))
-    return alpha * math.sqrt(rank) if settings.get("use_rslora") and rank else alpha
+    alpha = float(_by_pattern(settings, "alpha_pattern", module, default))
+    if rank is None:
+        return alpha / _by_pattern(settings, "rank_pattern", module, settings.get("r", 1))
+    return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+
+
+def _by_pattern(settings: Mapping[str, Any], name: str, module: str, default: float) -> float:
+    patterns = settings.get(name) or {}
+    return patterns.get(get_pattern_key(list(patterns), module), default)
 
 
 def diffusers_metadata(modules: Mapping[str, Mapping[str, Factors]]) -> dict[str, str]:

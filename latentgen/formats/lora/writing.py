@@ -147,7 +147,7 @@ def _with_alpha(factors: Factors) -> Factors:
 
 def _warn_of_diffusers(modules: Modules) -> None:
     for network, own in modules.items():
-        layers = {path.rsplit(".", 1)[0] for path in own if network != UNET and ".self_attn." in path}
+        layers = [path.rsplit(".", 1)[0] for path in own if network != UNET and ".self_attn." in path]
         lacking = [layer for layer in layers if f"{layer}.out_proj" not in own]
         if lacking:
             log.warning(
