@@ -89,10 +89,11 @@ def _sums(networks: Mapping[str, nn.Module], file: LoraFile, weight: Weight) -> 
         if (strength := _weight_of(name, weight)) != 0
         for path in own
     ]
-    modules = {name: adaptable(networks[name]) for name in {name for name, *_ in found} if name in networks}
-    for name, path, _ in found:
-        if name not in modules:
+    for name in dict.fromkeys(name for name, *_ in found):
+        if name not in networks:
             raise UserError(f"the LoRA changes {name}, which the model has not; give {name} the weight 0")
+    modules = {name: adaptable(networks[name]) for name in {name for name, *_ in found}}
+    for name, path, _ in found:
         if path not in modules[name] or not fits(file.modules[name][path], modules[name][path].weight.shape):
             raise UserError(f"the LoRA does not fit the model: {name} {path}; it was made for another one")
     sums: list[tuple[Tensor, Tensor]] = []
