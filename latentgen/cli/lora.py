@@ -81,8 +81,8 @@ def convert(
 def merge(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
     loras: Annotated[list[str], typer.Argument(help="LoRA files, each as FILE or FILE:WEIGHT.", metavar="LORA...")],
-    out: Out,
-    dtype: Dtype = None,
+    out: Annotated[Path, typer.Option(help="Model folder to write.")],
+    dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Type to store.")] = "fp32",
 ) -> None:
     """Add LoRAs to a model's weights, and write the model that this makes."""
     from latentgen.formats.lora.apply import merge as merge_into

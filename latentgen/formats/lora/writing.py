@@ -72,8 +72,10 @@ def to_tensors(
         prefix = target.prefix(network, shapes)
         names = target.names(network, list(shapes.get(network, ())))
         for path, factors in own.items():
-            if path not in names:
+            if path not in shapes.get(network, {}):
                 raise UserError(f"the model has no {network} {path}; name the model that the LoRA was made for")
+            if path not in names:
+                raise UserError(f"{layout} has no name for {network} {path}; use {' or '.join(_others(layout))}")
             for suffix, value in _by_suffix(factors, target, network).items():
                 cast = value if dtype is None or value.dim() == 0 else value.to(dtype)
                 written[f"{prefix}{names[path][0]}{suffix}"] = cast.detach().cpu().contiguous()

@@ -325,6 +325,10 @@ def test_what_a_layout_cannot_say_is_refused(tmp_path: Path) -> None:
     networks, file = lora("loha", targets=("attention",))
     with pytest.raises(UserError, match=r"the diffusers layout has no loha\.w1_a; use kohya or comfyui"):
         write_lora(file, tmp_path / "a.safetensors", "diffusers", networks)
+    pool = "add_embedding.pool.q_proj"
+    factors = Factors("lora", {"down": torch.ones(1, 4), "up": torch.ones(4, 1)})
+    with pytest.raises(UserError, match=f"comfyui has no name for unet {pool}; use kohya or diffusers"):
+        to_tensors(LoraFile(modules={"unet": {pool: factors}}), "comfyui", {"unet": {pool: torch.Size([4, 4])}})
     with pytest.raises(UserError, match='layout "peft" cannot be written; use kohya, comfyui, diffusers'):
         write_lora(file, tmp_path / "a.safetensors", "peft", networks)
     with pytest.raises(UserError, match="for no family of models that is known; name the model"):
