@@ -161,7 +161,7 @@ def combine(
 
 def _networks(model: Model) -> dict[str, nn.Module]:
     """What of a model LoRAs adapt, by diffusers' names."""
-    return {"unet": model.unet, "text_encoder": model.text_encoder}
+    return {name: network for name, network in model.networks().items() if name != "vae"}
 
 
 def _networks_in(folder: Path | None) -> dict[str, nn.Module] | None:
