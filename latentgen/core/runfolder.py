@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-
 ADAPTER_INDEX = "adapter.json"
 """In an adapter folder, what it holds and what it belongs to."""
 

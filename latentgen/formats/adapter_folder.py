@@ -19,7 +19,7 @@ from latentgen import __version__
 from latentgen.core.errors import UserError
 from latentgen.core.files import write_folder, write_json
 from latentgen.core.runfolder import ADAPTER_INDEX
-from latentgen.formats.embeddings import write_embedding
+from latentgen.formats.embeddings import Embedding, write_embedding
 from latentgen.formats.folder_check import read_json
 from latentgen.formats.lora.file import LoraFile
 from latentgen.formats.lora.writing import write_lora
@@ -67,17 +67,17 @@ def write_adapter(
         layouts: of the files, the first of which is read back here.
     """
     networks = {key: network for key, network in model.networks().items() if key not in ("vae", "control", "tokens")}
-    files: dict[str, str] = {}
-    if lora is not None:
-        files = {layout: f"{name}.safetensors" if n == 0 else f"{name}-{layout}.safetensors" for n, layout in enumerate(layouts)}
-    spelled = {word: f"{re.sub(r'[^A-Za-z0-9_-]+', '', word) or f'word-{n}'}.safetensors" for n, word in enumerate(words)}
+    names = [name, *(f"{name}-{layout}" for layout in layouts[1:])]
+    files = {} if lora is None else {layout: f"{file}.safetensors" for layout, file in zip(layouts, names, strict=True)}
+    spelled = {word: f"{_plain(word) or f'word-{n}'}.safetensors" for n, word in enumerate(words)}
 
     def fill(target: Path) -> None:
         for layout, file in files.items():
             assert lora is not None
             write_lora(lora, target / file, layout, networks)
         for word, file in spelled.items():
-            write_embedding(target / file, word, words[word])
+            layout = "diffusers" if words[word].keys() == {"text_encoder"} else "a1111"
+            write_embedding(Embedding(word, words[word]), target / file, layout)
         write_json(
             target / ADAPTER_INDEX,
             {
@@ -91,6 +91,10 @@ def write_adapter(
         )
 
     write_folder(folder, fill)
+
+
+def _plain(word: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "", word)
 
 
 def read_adapter(folder: Path) -> AdapterFolder:

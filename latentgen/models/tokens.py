@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from latentgen.core.errors import UserError
 from latentgen.models.text import Tower
-from latentgen.models.words import add_word
+from latentgen.models.words import add_token, find_end_by_id
 
 
 class LearnedTokens(nn.Module):
@@ -61,23 +63,14 @@ def grow(towers: Sequence[Tower], words: Mapping[str, tuple[str, int]]) -> Learn
     rows = {tower.name: torch.cat([_first(tower, *start) for start in words.values()]) for tower in towers}
     for tower in towers:
         for word, (_, vectors) in words.items():
-            add_word(tower.tokenizer, word, vectors)
-        prepare(tower)
+            add_token(tower.tokenizer, word, vectors)
+        find_end_by_id(tower.tokenizer, tower.encoder)
         known = tower.encoder.get_input_embeddings()
         assert isinstance(known, nn.Embedding)
         tower.encoder.set_input_embeddings(GrownEmbedding(known))
     learned = LearnedTokens(rows)
     put(learned(), {tower.name: tower.encoder for tower in towers})
     return learned
-
-
-def prepare(tower: Tower) -> None:
-    """Make the end of a text be found by its own id: old configurations look for the highest, which new words have."""
-    end: Any = tower.tokenizer.eos_token_id
-    for module in tower.encoder.modules():
-        if "eos_token_id" in vars(module):
-            module.eos_token_id = end  # type: ignore[assignment]
-    tower.encoder.config.eos_token_id = end
 
 
 def put(rows: Mapping[str, Tensor], encoders: Mapping[str, Any]) -> None:
@@ -109,11 +102,12 @@ def _first(tower: Tower, start: str, vectors: int) -> Tensor:
     return table[[ids[n % len(ids)] for n in range(vectors)]]
 
 
-def settle(tower: Tower, rows: Tensor) -> None:
-    """Make the learned rows `[k, d]` ordinary rows of the text encoder's embedding, in place."""
-    grown = tower.encoder.get_input_embeddings()
-    known = grown.known if isinstance(grown, GrownEmbedding) else grown
-    assert isinstance(known, nn.Embedding)
-    table = torch.cat([known.weight.detach(), rows.to(known.weight)])
-    tower.encoder.set_input_embeddings(nn.Embedding.from_pretrained(table, freeze=not known.weight.requires_grad))
-    tower.encoder.config.vocab_size = len(table)
+def settled(tower: Tower, words: Mapping[str, Tensor]) -> Tower:
+    """A copy of a tower with learned words `[v, d]`, which its tokenizer has, as ordinary rows of its embedding."""
+    encoder = copy.deepcopy(tower.encoder)
+    grown = encoder.get_input_embeddings()
+    assert isinstance(grown, GrownEmbedding)
+    rows = torch.cat([grown.known.weight.detach(), *(own.to(grown.known.weight) for own in words.values())])
+    encoder.set_input_embeddings(nn.Embedding.from_pretrained(rows))
+    encoder.config.vocab_size = len(rows)
+    return replace(tower, encoder=encoder)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffusers import UNet2DConditionModel
 from torch import nn
+from transformers import CLIPTokenizer
 
 from latentgen.core.errors import UserError
-from latentgen.core.files import file_sha256
+from latentgen.core.files import file_sha256, write_folder
 from latentgen.formats.adapter_folder import write_adapter
 from latentgen.formats.model import Model
+from latentgen.formats.model_folder import quiet_libraries
 from latentgen.models.adapters import AdapterSpec, add_adapters
-from latentgen.models.tokens import LearnedTokens, grow, rows_of
+from latentgen.models.text import Tower
+from latentgen.models.tokens import LearnedTokens, grow, rows_of, settled
 from latentgen.recipe import build
 from latentgen.recipe.schema import Finetune, Recipe
 from latentgen.tasks.adapting import adapters_of
@@ -93,7 +98,7 @@ def write_result(recipe: Recipe, training: Training, averaged: Mapping[str, nn.M
         training.model,
         adapters_of(averaged),
         learned_words(f, training.model, averaged),
-        layouts=f.layouts,
+        layouts=f.written(),
         base=recipe.unet.source,
         unet_sha256=unet_hash(Path(recipe.unet.source)),
         metadata={"recipe": recipe.model_dump(mode="json", by_alias=True)},
@@ -111,7 +116,8 @@ def write_trained(recipe: Recipe, training: Training, averaged: Mapping[str, nn.
         copy.deepcopy(model.unet).save_pretrained(target)
         for tower in model.towers:
             if tower.name in averaged or words:
-                tower = settled(tower, training.model.tokens, averaged.get("tokens"))
+                if words:
+                    tower = settled(tower, {word: own[tower.name] for word, own in words.items()})
                 tower.encoder.save_pretrained(target / tower.name)
                 tower.tokenizer.save_pretrained(target / tower.tokenizer_name)
 
@@ -153,5 +159,3 @@ def unet_hash(folder: Path) -> str:
     if not files:
         raise UserError(f"{folder}: there are no U-Net weights in safetensors; copy the folder again")
     return file_sha256(files[0])
-
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import logging
@@ -16,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentgen import __version__
 from latentgen.core.allocator import keep_memory
 from latentgen.core.errors import UserError
-from latentgen.core.files import clear_leftovers, content_key, file_sha256, write_folder, write_json, write_text
+from latentgen.core.files import clear_leftovers, content_key, file_sha256, write_json, write_text
 from latentgen.core.runfolder import ADAPTER_INDEX, RunFolder
 from latentgen.data.fetch import CachedBatches, PictureBatches, to_tensor
 from latentgen.data.loader import Loader
@@ -136,9 +135,7 @@ class Run:
         trained = self._unet(model)
         self.watch.mark("writing the model")
         if self.accelerator.is_main_process:
-            save_model(
-                dataclasses.replace(trained, metadata=self._metadata(plan.flops)), self.folder.model, clip=clip
-            )
+            save_model(dataclasses.replace(trained, metadata=self._metadata(plan.flops)), self.folder.model, clip=clip)
             self.report()
         self.accelerator.wait_for_everyone()
         logger.info("the model is in %s", self.folder.model)
