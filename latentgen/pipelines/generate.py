@@ -114,7 +114,8 @@ def generate(
         on_step: called after every sampling step with the number of pictures that took it.
 
     Raises:
-        UserError: a request that the model cannot draw; nothing has been drawn then.
+        UserError: a request that the model cannot draw, and nothing has been drawn then; or a picture comes out that is
+            not finite.
     """
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: must be at least 1")
@@ -125,7 +126,24 @@ def generate(
         group = list(alike)
         for at in range(0, len(group), batch_size):
             batch = group[at : at + batch_size]
-            yield from to_pictures(decode(model.vae, _latents(model, weak[batch[0].guidance], batch, on_step)))
+            latents = _latents(model, weak[batch[0].guidance], batch, on_step)
+            _require_finite(latents, "the U-Net", model.unet.dtype)
+            pictures = decode(model.vae, latents)
+            _require_finite(pictures, "the autoencoder", model.vae.dtype)
+            yield from to_pictures(pictures)
+
+
+def _require_finite(values: Tensor, network: str, dtype: torch.dtype) -> None:
+    """Raise `UserError` in place of a black picture."""
+    if bool(values.isfinite().all()):
+        return
+    if dtype == torch.float32:
+        raise UserError(f"{network} gives numbers that are not finite; its weights are broken, fetch the model again")
+    name = str(dtype).removeprefix("torch.")
+    raise UserError(
+        f"{network} gives numbers that are not finite in {name}: say --dtype bf16, or fp32; where that needs too much "
+        "memory, use a model whose autoencoder was made for fp16"
+    )
 
 
 def _sigmas(request: Request, model: Model) -> Tensor:
