@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import torch
 from latentgen.core.errors import UserError
 from latentgen.core.files import write_file, write_folder, write_json, write_text
 from latentgen.core.tensors import encoded
+from latentgen.formats.credits import Credits
 from latentgen.formats.folder_check import INDEX, read_json
 from latentgen.formats.model_card import model_card
 from latentgen.formats.model_folder import METADATA, SCHEDULER
 from latentgen.formats.parts import CLASSES, NETWORKS, TOKENIZERS, Parts, State, canonical, cast, family_of
 from latentgen.formats.scheduler import library_of
 from latentgen.formats.tensor_files import read_tensors
+
+logger = logging.getLogger("latentgen.formats")
 
 CARD = "README.md"
 
@@ -32,7 +36,7 @@ def parts_of_folder(folder: Path, *, allow_pickle: bool = False) -> Parts:
         UserError: one line that says what is missing or not supported.
     """
     folder = Path(folder)
-    present = _present(folder)
+    present = networks_of_folder(folder)
     index = read_json(folder / INDEX)
     configs = {part: read_json(folder / part / "config.json") for part in present}
     texts = tuple(part for part in present if part in TOKENIZERS)
@@ -48,7 +52,7 @@ def parts_of_folder(folder: Path, *, allow_pickle: bool = False) -> Parts:
     )
 
 
-def _present(folder: Path) -> list[str]:
+def networks_of_folder(folder: Path) -> list[str]:
     """The networks that a folder's index names, each of a class that is supported."""
     if not folder.is_dir():
         raise UserError(f"there is no model folder {folder}")
@@ -117,7 +121,9 @@ def _texts(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in files}
 
 
-def write_folder_from(parts: Parts, folder: Path, dtype: torch.dtype | None = None) -> None:
+def write_folder_from(
+    parts: Parts, folder: Path, dtype: torch.dtype | None = None, credits: Credits | None = None
+) -> None:
     """Write a diffusers folder, complete or not at all; an older model folder of that name is replaced.
 
     One network alone becomes a folder that its own class opens: config.json and the weights.
@@ -126,6 +132,7 @@ def write_folder_from(parts: Parts, folder: Path, dtype: torch.dtype | None = No
         parts: what to write.
         folder: where; parents are made.
         dtype: of the stored weights; None stores each tensor as it is.
+        credits: what a person says of the model, for a new model card; one that is there is kept as it is.
 
     Raises:
         UserError: `folder` holds something else, the parts are neither a model nor one network, or `dtype` cannot hold
@@ -142,6 +149,9 @@ def write_folder_from(parts: Parts, folder: Path, dtype: torch.dtype | None = No
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file()):
         raise UserError(f"{folder} exists and is not a model folder: it is left as it is; choose another name")
 
+    if parts.card and credits is not None and credits != Credits():
+        logger.warning("the model has a %s already: it is kept, and what you say of the model is not in it", CARD)
+
     def fill(target: Path) -> None:
         for part, state in parts.states.items():
             place = target if alone else target / part
@@ -156,7 +166,7 @@ def write_folder_from(parts: Parts, folder: Path, dtype: torch.dtype | None = No
             write_json(target / INDEX, _index(parts))
         if parts.metadata:
             write_json(target / METADATA, dict(parts.metadata))
-        write_text(target / CARD, parts.card or model_card(parts, folder.name))
+        write_text(target / CARD, parts.card or model_card(parts, folder.name, credits))
 
     write_folder(folder, fill)
 

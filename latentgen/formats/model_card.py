@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from latentgen.formats.credits import Credits
 from latentgen.formats.single_file.layouts import TITLES
 
 if TYPE_CHECKING:
@@ -22,28 +23,33 @@ TAGS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def model_card(parts: Parts, name: str, license: str | None = None) -> str:
+def model_card(parts: Parts, name: str, credits: Credits | None = None) -> str:
     """A model card: a YAML header, then what is known of the model.
 
     Args:
         parts: the model.
-        name: its title.
-        license: a name that the hub knows, such as "apache-2.0"; None leaves it open.
+        name: its title where nobody gave one.
+        credits: what a person says of it; the license by a name that the hub knows, such as "apache-2.0".
     """
+    said = credits or Credits()
     trained: Any = parts.metadata.get("metadata", {})
     recipe: Mapping[str, Any] = trained.get("recipe", {}) if isinstance(trained, Mapping) else {}
     base = _base_model(recipe)
     header: dict[str, Any] = {
-        **({"license": license} if license else {}),
+        **({"license": said.license} if said.license else {}),
         "library_name": "diffusers",
         "tags": ["text-to-image", "latentgen", *TAGS.get(parts.family or "", ())],
         **({"base_model": base} if base else {}),
         **({"pipeline_tag": "text-to-image"} if parts.whole else {}),
     }
-    lines = [f"# {name}", "", _what(parts), ""]
+    lines = [f"# {said.title or name}", "", *([said.description, ""] if said.description else []), _what(parts), ""]
+    if said.trigger_phrase:
+        lines += [f"Say `{said.trigger_phrase}` in the prompt.", ""]
+    if said.author:
+        lines += [f"Made by {said.author}.", ""]
     if recipe:
         lines += ["## Training", "", *_training(recipe), ""]
-    if not license:
+    if not said.license:
         lines += ["No license is stated. The license of the model that this one descends from applies to it.", ""]
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n" + "\n".join(lines).rstrip() + "\n"
 

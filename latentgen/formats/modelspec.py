@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -15,6 +14,7 @@ from latentgen import __version__
 from latentgen.core.errors import UserError
 from latentgen.core.tensors import encoded
 from latentgen.formats.component_configs import VAE_HALVINGS
+from latentgen.formats.credits import Credits
 from latentgen.formats.parts import Parts
 
 VERSION = "1.0.1"
@@ -27,18 +27,6 @@ ARCHITECTURES: Mapping[str, str] = {
 SUFFIXES: Mapping[int, str] = {9: "-inpainting", 8: "-edit"}
 """Of an architecture, by the U-Net's input channels."""
 PREDICTIONS: Mapping[str, str] = {"epsilon": "epsilon", "v_prediction": "v"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Credits:
-    """What only a person can say of a model; None is left out."""
-
-    title: str | None = None
-    author: str | None = None
-    description: str | None = None
-    license: str | None = None
-    tags: str | None = None
-    trigger_phrase: str | None = None
 
 
 def model_spec(parts: Parts, tensors: Mapping[str, Tensor], title: str, said: Credits | None = None) -> dict[str, str]:

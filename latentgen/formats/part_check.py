@@ -19,21 +19,22 @@ from latentgen.formats.single_file.renaming import text_name
 def expected_shapes(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The tensors of a network with this configuration, under the names that `Parts` has them by."""
     with torch.device("meta"), quiet_libraries():
-        state = _build(part, dict(config)).state_dict()
+        state = build_part(part, config).state_dict()
     rename = text_name if part in TOKENIZERS else str
     return {rename(name): tuple(value.shape) for name, value in state.items()}
 
 
-def _build(part: str, config: dict[str, Any]) -> nn.Module:
+def build_part(part: str, config: Mapping[str, Any]) -> nn.Module:
+    """A network with this configuration and random weights, on the default device."""
     built: Any
     if part in TOKENIZERS:
         kind = CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
         built = kind(CLIPTextConfig(**config))  # type: ignore[operator]  # the library's decorators hide the class
     elif part == "vae":
         kind = AutoencoderTiny if config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
-        built = kind.from_config(config)
+        built = kind.from_config(dict(config))
     else:
-        built = UNet2DConditionModel.from_config(config)
+        built = UNet2DConditionModel.from_config(dict(config))
     assert isinstance(built, nn.Module)
     return built
 

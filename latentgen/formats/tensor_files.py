@@ -12,8 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from latentgen.core.errors import UserError
-from latentgen.core.tensors import TYPES
-from latentgen.formats.headers import PICKLED, Entry, Header, read_header
+from latentgen.core.files import write_blocks
+from latentgen.core.tensors import TYPES, encoded
+from latentgen.formats.headers import PICKLED, SUFFIX, Entry, Header, read_header
 
 WRAPPERS = ("state_dict", "model", "module", "params_ema", "params")
 """Keys under which training programs put the weights; in order."""
@@ -65,3 +66,17 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"{path} holds no tensors by name: it is no file of weights")
     return {name: value.detach().contiguous() for name, value in tensors.items()}
+
+
+def convert_pickle(path: Path, target: Path, *, allow_pickle: bool) -> int:
+    """Write the tensors of a pickle, under the names that they have there, as safetensors; return their number.
+
+    Raises:
+        UserError: as `read_tensors`; or `path` is no pickle, so that there is nothing to convert.
+    """
+    if path.suffix == SUFFIX:
+        raise UserError(f"{path} is safetensors already; to import a model from it, name a folder to write")
+    _, tensors = read_tensors(path, allow_pickle=allow_pickle)
+    # Tensors that share memory become tensors of their own: the format has no other.
+    write_blocks(target, encoded({name: value.clone() for name, value in tensors.items()}, {"format": "pt"}))
+    return len(tensors)

@@ -15,9 +15,10 @@ from latentgen.core.errors import UserError
 from latentgen.core.files import write_blocks
 from latentgen.core.tensors import encoded
 from latentgen.diffusion.noise_tables import NoiseTable
+from latentgen.formats.credits import Credits
 from latentgen.formats.families import CONFIGS
 from latentgen.formats.headers import SUFFIX
-from latentgen.formats.modelspec import Credits, model_spec
+from latentgen.formats.modelspec import model_spec
 from latentgen.formats.part_check import check_part
 from latentgen.formats.parts import TOKENIZERS, Parts, State, cast
 from latentgen.formats.scheduler import read_schedule
