@@ -89,7 +89,7 @@ def write_onnx(parts: Parts, folder: Path, dtype: torch.dtype | None = None) -> 
 
 def _export(graph: Graph, path: Path) -> None:
     names = list(graph.inputs)
-    shapes = tuple(dict.fromkeys(graph.free.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in names)
+    shapes = tuple(dict(graph.free.get(name, {})) or None for name in names)
     loud = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     before = [logger.level for logger in loud]
     try:
@@ -128,7 +128,10 @@ def _graphs(parts: Parts, dtype: torch.dtype) -> list[Graph]:
         if part in TOKENIZERS and not names & set(state):
             state = {name.removeprefix("text_model."): value for name, value in state.items()}
         network.load_state_dict(state)
-        networks[part] = network.to(dtype)
+        if dtype != torch.float32:
+            with quiet_libraries():
+                network = network.to(dtype)
+        networks[part] = network
     graphs = [_text_graph(part, networks[part]) for part in TOKENIZERS if part in networks]
     unet, vae = networks["unet"], networks["vae"]
     side = 2 * 2 ** len(unet.config["block_out_channels"])
@@ -137,7 +140,7 @@ def _graphs(parts: Parts, dtype: torch.dtype) -> list[Graph]:
     tiny = parts.configs["vae"].get("_class_name") == "AutoencoderTiny"
     return [
         *graphs,
-        _unet_graph(unet, parts, dtype, side),
+        unet_graph(unet, parts, dtype, side),
         Graph("vae_encoder", _Encoder(vae, tiny), {"sample": pixels}, {"sample": IMAGE}, ("latent_parameters",)),
         Graph("vae_decoder", _Decoder(vae), {"latent_sample": latent}, {"latent_sample": IMAGE}, ("sample",)),
     ]
@@ -157,7 +160,8 @@ def _text_graph(part: str, network: Any) -> Graph:
     return Graph(part, _Text(network, outputs), {"input_ids": ids}, {"input_ids": {0: "batch"}}, (*outputs, *layers))
 
 
-def _unet_graph(unet: Any, parts: Parts, dtype: torch.dtype, side: int) -> Graph:
+def unet_graph(unet: Any, parts: Parts, dtype: torch.dtype, side: int) -> Graph:
+    """A U-Net as a function of tensors, with what SDXL's is told besides the text; the example is `side` wide."""
     config = unet.config
     texts = [parts.configs[part] for part in TOKENIZERS if part in parts.configs]
     inputs = {

@@ -19,8 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from latentgen.formats.single_file.vocabulary import clip_tokenizer
 
-WIDTH = 64
-"""Of the text encoders' states."""
+WIDTH, WIDTH_2 = 64, 128
+"""Of the text encoders' states. diffusers tells SDXL's two towers in a single file apart by their widths."""
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 
@@ -42,11 +42,11 @@ SDXL_UNET = {
     "down_block_types": (PLAIN, CROSS, CROSS),
     "attention_head_dim": (1, 1, 2),
     "transformer_layers_per_block": (1, 2, 3),
-    "cross_attention_dim": 2 * WIDTH,
+    "cross_attention_dim": WIDTH + WIDTH_2,
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": WIDTH + 6 * 8,
+    "projection_class_embeddings_input_dim": WIDTH_2 + 6 * 8,
 }
 
 UNETS: dict[str, dict[str, Any]] = {
@@ -80,8 +80,8 @@ UNETS: dict[str, dict[str, Any]] = {
         "down_block_types": (PLAIN, CROSS, CROSS, PLAIN),
         "attention_head_dim": (1, 1, 2, 2),
         "transformer_layers_per_block": 2,
-        "cross_attention_dim": WIDTH,
-        "projection_class_embeddings_input_dim": WIDTH + 5 * 8,
+        "cross_attention_dim": WIDTH_2,
+        "projection_class_embeddings_input_dim": WIDTH_2 + 5 * 8,
     },
     "ssd-1b": {
         **SDXL_UNET,
@@ -139,14 +139,15 @@ def tiny_vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
 
 
 def tiny_text(act: str, layers: int = 2, projection: bool = False) -> Any:
+    width = WIDTH_2 if projection else WIDTH
     torch.manual_seed(3)
     config = CLIPTextConfig(
         vocab_size=49408,
-        hidden_size=WIDTH,
+        hidden_size=width,
         intermediate_size=96,
         num_hidden_layers=layers,
-        num_attention_heads=1,
-        projection_dim=WIDTH,
+        num_attention_heads=width // 64,
+        projection_dim=width,
         hidden_act=act,
         bos_token_id=49406,
         eos_token_id=49407,

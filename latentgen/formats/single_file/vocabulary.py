@@ -23,7 +23,11 @@ PADDING: Mapping[tuple[str, str], str] = {
     ("sdxl", "tokenizer_2"): "!",
     ("sdxl-refiner", "tokenizer_2"): "!",
 }
-"""What fills captions up, where it is not the end token: open_clip's towers were trained with zeros, the id of "!"."""
+"""What fills captions up, where it is not the end token: open_clip's towers were trained with zeros, the id of "!".
+
+transformers then takes every "!" of a caption for this special token too, as it does in the published folders; with
+them our ids, and diffusers', differ from open_clip's there.
+"""
 
 
 @cache
