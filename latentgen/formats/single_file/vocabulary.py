@@ -58,6 +58,8 @@ def tokenizer_files(family: str, name: str) -> Mapping[str, str]:
 
 def is_usual(files: Mapping[str, str], family: str, name: str) -> bool:
     """Whether a tokenizer is the one that its family has anyway: then a single file need not say it."""
+    if dict(files) == dict(tokenizer_files(family, name)):
+        return True
     with tempfile.TemporaryDirectory() as folder:
         for file, text in files.items():
             (Path(folder) / file).write_text(text, encoding="utf-8")
