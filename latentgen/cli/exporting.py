@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from latentgen.core.errors import UserError
 from latentgen.core.log import setup_logging
 
 
@@ -51,6 +52,8 @@ def export_model(
         tags=tags,
         trigger_phrase=trigger_phrase,
     )
+    if format is Format.onnx and credits != Credits():
+        raise UserError("--title and what else is said of a model is for folders and single files; ONNX has no card")
     if format is Format.single_file:
         write_single_file(parts, target, stored, credits)
     elif format is Format.diffusers:

@@ -65,6 +65,9 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in named.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors by name: it is no file of weights")
+    strange = next((value.dtype for value in tensors.values() if value.dtype not in TYPES.values()), None)
+    if strange is not None:
+        raise UserError(f"{path} holds tensors of {strange}, which safetensors does not have")
     return {name: value.detach().contiguous() for name, value in tensors.items()}
 
 

@@ -186,6 +186,7 @@ def test_sd2_is_told_by_one_tensor_and_says_so(spread: float, guess: str, bare: 
         parts = read_single_file(path)
     assert V_WITNESS in parts.states["unet"]
     assert parts.scheduler["prediction_type"] == guess
+    assert parts.configs["unet"]["sample_size"] == {"epsilon": 64, "v_prediction": 96}[guess]
     assert "--prediction" in caplog.text
 
 

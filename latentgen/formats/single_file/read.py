@@ -85,7 +85,9 @@ def read_single_file(path: Path, wishes: Wishes | None = None) -> Parts:
     if wishes.ema:
         tensors = _averaged(tensors, found.places.get("unet"), path)
     states, left = _states(tensors, found.places, family)
-    configs = {**_derived(states, found.places, family, header, told, base), **told.get("configs", {})}
+    scheduler = _scheduler(found, told, wishes, base, states, family, path)
+    side = _side(header, family, scheduler)
+    configs = {**_derived(states, found.places, family, side, told, base), **told.get("configs", {})}
     if base is not None:
         configs |= {part: config for part, config in base.configs.items() if part in states}
     for part, state in states.items():
@@ -99,7 +101,7 @@ def read_single_file(path: Path, wishes: Wishes | None = None) -> Parts:
         family=family,
         configs={**{part: base.configs[part] for part in added if base is not None}, **configs},
         states={**states, **added},
-        scheduler=_scheduler(found, told, wishes, base, states, family, path),
+        scheduler=scheduler,
         pipeline=_pipeline(found, told, family),
         tokenizers=_tokenizers([*states, *added], configs, told, base, family, path),
         metadata=json.loads(header.metadata.get(METADATA_ENTRY, "{}")),
@@ -166,13 +168,12 @@ def _derived(
     states: Mapping[str, State],
     places: Mapping[str, Place],
     family: str | None,
-    header: Header,
+    side: int | None,
     told: Mapping[str, Any],
     base: Parts | None,
 ) -> dict[str, dict[str, Any]]:
     """Configurations from shapes, of the parts of which neither the file nor the base says them."""
     known = {*told.get("configs", {}), *(base.configs if base is not None else ())}
-    side = _side(header, family)
     shapes = {part: {name: tuple(v.shape) for name, v in state.items()} for part, state in states.items()}
     configs: dict[str, dict[str, Any]] = {}
     for part, own in shapes.items():
@@ -189,10 +190,13 @@ def _derived(
     return configs
 
 
-def _side(header: Header, family: str | None) -> int | None:
-    """Of the training pictures, where the file says it."""
-    said_side = header.metadata.get("modelspec.resolution", "").lower().partition("x")[0]
-    return int(said_side) if said_side.isdigit() and family is not None else None
+def _side(header: Header, family: str | None, scheduler: Mapping[str, Any]) -> int | None:
+    """Of the training pictures, where the file says it; None is the family's."""
+    told = header.metadata.get("modelspec.resolution", "").lower().partition("x")[0]
+    if told.isdigit():
+        return int(told)
+    # Stable Diffusion 2 learned to predict v on larger pictures than eps.
+    return 768 if family == "sd2" and scheduler.get("prediction_type") == "v_prediction" else None
 
 
 def _scheduler(
