@@ -63,7 +63,7 @@ def check_folder(folder: Path) -> dict[str, Part]:
 
 def _require_index(folder: Path) -> None:
     if folder.is_file():
-        raise UserError(f"{folder} is a file, not a model folder")
+        raise UserError(f"{folder} is a file, not a model folder; `latentgen import {folder} FOLDER` makes one of it")
     if not folder.is_dir():
         raise UserError(f"there is no model folder at {folder}")
     if (folder / INDEX).is_file():
