@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers import UNet2DConditionModel
+from numpy.typing import NDArray
 from torch import nn
 from transformers import CLIPTokenizer
 
@@ -81,14 +82,36 @@ def runs_text(training: Training) -> bool:
     return any(name.startswith("text_encoder") or name == "tokens" for name in training.trains)
 
 
+def require_words(recipe: Recipe, model: Model, table: Mapping[str, NDArray]) -> None:
+    """Raise UserError for a word to be learned that no caption has: nothing would teach it.
+
+    Args:
+        table: token ids `[m, t]` of all captions for each text encoder.
+    """
+    assert recipe.finetune is not None
+    tower = model.towers[0]
+    for word in recipe.finetune.tokens:
+        if not (table[tower.name] == tower.tokenizer.convert_tokens_to_ids(word)).any():
+            raise UserError(
+                f"finetune.tokens: {word} is in no caption, so nothing would teach it; write it into the captions, "
+                f"such as `a photo of {word}`"
+            )
+
+
 def makes_adapter(recipe: Recipe) -> bool:
     """Whether the result is an adapter folder, not a model folder."""
     f = recipe.finetune
     return f is not None and f.control is None and f.method != "full"
 
 
-def write_result(recipe: Recipe, training: Training, averaged: Mapping[str, nn.Module], folder: Path) -> None:
-    """The adapter folder of what was learned."""
+def write_result(
+    recipe: Recipe,
+    training: Training,
+    averaged: Mapping[str, nn.Module],
+    folder: Path,
+    average: Mapping[str, Any] | None = None,
+) -> None:
+    """The adapter folder of what was learned; `average` says which average it is, where it is not the usual one."""
     f = recipe.finetune
     assert f is not None
     assert recipe.unet.source is not None
@@ -101,24 +124,33 @@ def write_result(recipe: Recipe, training: Training, averaged: Mapping[str, nn.M
         layouts=f.written(),
         base=recipe.unet.source,
         unet_sha256=unet_hash(Path(recipe.unet.source)),
-        metadata={"recipe": recipe.model_dump(mode="json", by_alias=True)},
+        metadata={
+            "recipe": recipe.model_dump(mode="json", by_alias=True),
+            **({} if average is None else {"average": dict(average)}),
+        },
     )
+
+
+def finished(recipe: Recipe, training: Training, averaged: Mapping[str, nn.Module]) -> Model:
+    """The model with these networks, and with learned words as rows of its text encoders like all others."""
+    model, f = training.model.with_networks(averaged), recipe.finetune
+    words = {} if f is None else learned_words(f, model, averaged)
+    if not words:
+        return model
+    towers = tuple(settled(tower, {word: own[tower.name] for word, own in words.items()}) for tower in model.towers)
+    return replace(model, towers=towers, tokens=None)
 
 
 def write_trained(recipe: Recipe, training: Training, averaged: Mapping[str, nn.Module], folder: Path) -> None:
     """The stage's result where whole networks were trained: the U-Net, and text encoders in folders below it."""
-    model = training.model.with_networks(averaged)
-    f = recipe.finetune
-    words = {} if f is None else learned_words(f, model, averaged)
+    model = finished(recipe, training, averaged)
 
     def fill(target: Path) -> None:
         # Copies, because saving changes what a network says of itself.
         copy.deepcopy(model.unet).save_pretrained(target)
         for tower in model.towers:
-            if tower.name in averaged or words:
-                if words:
-                    tower = settled(tower, {word: own[tower.name] for word, own in words.items()})
-                tower.encoder.save_pretrained(target / tower.name)
+            if tower.name in averaged or "tokens" in averaged:
+                copy.deepcopy(tower.encoder).save_pretrained(target / tower.name)
                 tower.tokenizer.save_pretrained(target / tower.tokenizer_name)
 
     write_folder(folder, fill)

@@ -50,6 +50,7 @@ from latentgen.recipe.finetune import (
     makes_adapter,
     prepare,
     read_trained,
+    require_words,
     runs_text,
     write_result,
     write_trained,
@@ -356,6 +357,8 @@ class Run:
             self.watch.mark("caching text states")
             if runs_text(training):
                 texts, rows = token_table(model, source, captions=data.captions)
+                if source is self.source:
+                    require_words(self.recipe, model, texts)
             else:
                 kept = cache_text(model, source, cache, captions=data.captions, share=share)
                 texts, rows = kept.parts(), kept.rows

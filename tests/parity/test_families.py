@@ -257,7 +257,7 @@ def test_with_a_lora(family: str, layout: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     for network in networks.values():
         for parameter in adapter_parameters(network).values():
-            torch.nn.init.normal_(parameter, std=0.05)
+            torch.nn.init.normal_(parameter, std=0.2)
     write_lora(trained_lora(networks), tmp_path / "lora.safetensors", layout, load_model(folder).networks())
     pipeline = tiny.make(family)
     pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
