@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from latentgen.cli import evaluate, recipe
+from latentgen.cli import evaluate, lora, recipe
 from latentgen.cli.ema import ema
 from latentgen.cli.errors import run_app
 from latentgen.cli.fit_schedule import fit_schedule
@@ -26,6 +26,7 @@ app.command()(fit_schedule)
 app.command()(ema)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(lora.app, name="lora")
 
 
 def run() -> None:
