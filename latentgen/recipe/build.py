@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -75,11 +76,12 @@ def examples(recipe: Recipe) -> Examples:
         )
         return Examples(training, ShapesSource(seed=seed, size=data.holdout, split="train", resolution=data.resolution))
     assert data.path is not None
-    whole = FolderSource(path=data.path, split=data.split, resolution=data.resolution, crop=data.crop)
+    common: dict[str, Any] = {"resolution": data.resolution, "crop": data.crop, "caption": data.caption}
+    whole = FolderSource(path=data.path, split=data.split, **common)
     beside, skipped = Path(data.path) / "validation", dict(whole.skipped)
     path = data.validation or (str(beside) if beside.is_dir() else None)
     if path is not None and Path(path).resolve() != whole.folder.resolve():
-        others = FolderSource(path=path, resolution=data.resolution, crop=data.crop)
+        others = FolderSource(path=path, **common)
         return Examples(whole, _some(others, data.holdout), True, skipped)
     kept, chosen = hold_out(whole.digests, data.holdout if path is None else 0)
     if not chosen:
@@ -110,6 +112,8 @@ def check(recipe: Recipe, processes: int) -> None:
         _warn_of_ignored(section, getattr(recipe, section))
     if recipe.text_encoder.contrasts and recipe.text_encoder.source is None and recipe.data.source != "shapes":
         logger.warning("text_encoder.contrasts is ignored: no captions are known to be false of a picture in a folder")
+    if recipe.data.caption is not None and recipe.data.source != "folder":
+        logger.warning("data.caption is ignored: the pictures of data.source %s have captions", recipe.data.source)
     if recipe.data.validation is not None and not Path(recipe.data.validation).is_dir():
         raise UserError(f"{recipe.data.validation}: no such folder; check data.validation")
 

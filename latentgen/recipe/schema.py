@@ -39,6 +39,11 @@ class Data(Section):
     )
     size: int = Field(default=20_000, ge=1, description="examples in the procedural world")
     captions: int | None = Field(default=None, ge=1, description="use at most so many captions an example (null: all)")
+    caption: str | None = Field(
+        default=None,
+        description="caption of pictures for which none is written, such as `a photo of sks dog`; `{caption}` in it "
+        "takes those that are (source: folder)",
+    )
     holdout: int = Field(
         default=64,
         ge=1,
