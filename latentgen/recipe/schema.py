@@ -462,6 +462,10 @@ class Recipe(Section):
             raise ValueError("finetune.text_encoders: say with which method; none trains words alone")
         if f.prior is not None and not f.prior.prompt:
             raise ValueError("finetune.prior.prompt: say what class the subject belongs to, such as `a dog`")
+        if f.prior is not None and f.control is not None:
+            raise ValueError(
+                "finetune.prior: a ControlNet learns no subject, and the model stays as it is; leave it out"
+            )
 
     def stage_train(self, stage: str) -> Train:
         """The training settings of a stage: its own where given, `train`'s otherwise."""
