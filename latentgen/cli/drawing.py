@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from latentgen import __version__
+from latentgen.cli.lora import weighted
 from latentgen.core.errors import UserError
-from latentgen.core.files import file_sha256
 from latentgen.formats.model import Model
-from latentgen.formats.model_folder import load_model
+from latentgen.formats.opening import Opened, open_model
 from latentgen.models.autoencoder import factor
 from latentgen.pipelines.generate import Request, generate, parameters_line
 from latentgen.pipelines.pictures import grid, save_png
@@ -22,26 +21,21 @@ from latentgen.pipelines.pictures import grid, save_png
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A loaded model and what to write about it into pictures."""
-
-    model: Model
-    name: str
-    sha256: str
-
-    @property
-    def default_side(self) -> int:
-        """Pixels of the pictures that the model was trained on."""
-        return int(self.model.unet.config["sample_size"]) * factor(self.model.vae)
+def default_side(model: Model) -> int:
+    """Pixels of the pictures that the model was trained on."""
+    return int(model.unet.config["sample_size"]) * factor(model.vae)
 
 
-def open_model(folder: Path, device: str | None = None, dtype: str = "fp32") -> Opened:
-    """Load a model folder.
+def open_here(
+    folder: Path, device: str | None = None, dtype: str = "fp32", loras: Sequence[str] = (), words: Sequence[Path] = ()
+) -> Opened:
+    """Open a model where and as the command line says.
 
     Args:
         device: None takes a GPU when there is one.
         dtype: "fp32", "bf16" or "fp16".
+        loras: FILE or FILE:WEIGHT each.
+        words: files of learned words.
 
     Raises:
         UserError: the folder is missing or broken, or device or dtype are unknown or do not go together.
@@ -60,11 +54,7 @@ def open_model(folder: Path, device: str | None = None, dtype: str = "fp32") -> 
             raise UserError(f"--device {device}: not usable here ({reason}); leave it out, or say cpu") from None
     if where.type == "cpu" and dtype == "fp16":
         raise UserError("--dtype fp16: needs a GPU; use bf16 or fp32 on the CPU")
-    model = load_model(folder, where, DTYPES[dtype])
-    weights = sorted((Path(folder) / "unet").glob("*.safetensors"))
-    resolved = Path(folder).resolve()
-    name = resolved.parent.name if resolved.name == "model" else resolved.name
-    return Opened(model, name, file_sha256(weights[0]))
+    return open_model(folder, where, DTYPES[dtype], loras=[weighted(lora) for lora in loras], embeddings=words)
 
 
 def draw_to_folder(

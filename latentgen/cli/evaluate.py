@@ -43,13 +43,13 @@ def shapes(
     """Draw the standing prompts of the shapes world and judge every picture exactly."""
     setup_logging()
     folder = model or find_model(runs)
-    from latentgen.cli.drawing import open_model
+    from latentgen.cli.drawing import default_side, open_here
     from latentgen.evals import shapes_prompts, shapes_report
     from latentgen.pipelines.generate import Request, check, generate, remark, steps_of
 
-    opened = open_model(folder, device)
+    opened = open_here(folder, device)
     prompts = shapes_prompts.standing_prompts(quick=quick)
-    side = opened.default_side
+    side = default_side(opened.model)
 
     def request(text: str, own: int) -> Request:
         return Request(

@@ -39,17 +39,17 @@ def fit_schedule(
     if num < 1:
         raise UserError(f"--num {num}: must be at least 1")
     folder = model or find_model(runs)
-    from latentgen.cli.drawing import open_model
+    from latentgen.cli.drawing import default_side, open_here
     from latentgen.diffusion.guidance import canonical as canonical_guidance
     from latentgen.diffusion.samplers import canonical, resolve
     from latentgen.formats.fitted_schedules import write_fitted
     from latentgen.pipelines.fit_schedule import fit_schedule as find_schedule
     from latentgen.pipelines.generate import Request
 
-    opened = open_model(folder, device)
+    opened = open_here(folder, device)
     shown = opened.model.metadata.get("recipe", {}).get("preview", {}).get("prompts", [])
     wanted = read_prompts(prompts or ([] if prompts_file else list(shown)), prompts_file)
-    side, name, (_, implied) = opened.default_side, canonical(sampler), resolve(sampler)
+    side, name, (_, implied) = default_side(opened.model), canonical(sampler), resolve(sampler)
     if implied is not None:
         raise UserError(f"--sampler {sampler}: the schedule is what will be fitted; leave {implied!r} out of the name")
     requests = [

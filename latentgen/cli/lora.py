@@ -89,13 +89,13 @@ def merge(
     from latentgen.formats.lora.file import read_lora
     from latentgen.formats.model_folder import load_model, save_model
 
-    weighted = [_weighted(lora) for lora in loras]
+    chosen = [weighted(lora) for lora in loras]
     opened = load_model(model)
     networks = _networks(opened)
-    for path, weight in weighted:
+    for path, weight in chosen:
         merge_into(networks, read_lora(path, networks), weight)
     save_model(opened, out, _dtype(dtype))
-    typer.echo(f"{out}: {model} with {', '.join(f'{path} x {weight:g}' for path, weight in weighted)}")
+    typer.echo(f"{out}: {model} with {', '.join(f'{path} x {weight:g}' for path, weight in chosen)}")
 
 
 @app.command()
@@ -152,16 +152,16 @@ def combine(
     """Write one LoRA that does what several do together."""
     from latentgen.formats.lora.change import combine as add_up
 
-    weighted = [_weighted(lora) for lora in loras]
-    opened = [_read(path, model) for path, _ in weighted]
-    weights = [weight for _, weight in weighted]
+    chosen = [weighted(lora) for lora in loras]
+    opened = [_read(path, model) for path, _ in chosen]
+    weights = [weight for _, weight in chosen]
     made = add_up(opened, weights, method="concat" if rank is None else "svd", rank=rank)
     _write(made, out, layout or opened[0].layout, model, dtype)
 
 
 def _networks(model: Model) -> dict[str, nn.Module]:
     """What of a model LoRAs adapt, by diffusers' names."""
-    return {"unet": model.unet, "text_encoder": model.text_encoder}
+    return {name: network for name, network in model.networks().items() if name != "vae"}
 
 
 def _networks_in(folder: Path | None) -> dict[str, nn.Module] | None:
@@ -193,7 +193,7 @@ def _dtype(name: str | None) -> Any:
     return None if name is None else {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 
-def _weighted(text: str) -> tuple[Path, float]:
+def weighted(text: str) -> tuple[Path, float]:
     """FILE or FILE:WEIGHT; a file whose own name ends so is taken as it is."""
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists():

@@ -58,6 +58,10 @@ def sample(
     model: Annotated[
         Path | None, typer.Option(help="Model folder (diffusers layout); default: the newest run.")
     ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="FILE or FILE:WEIGHT, of any tool's layout; several may be given.")
+    ] = None,
+    embedding: Annotated[list[Path] | None, typer.Option(help="File of a learned word; several may be given.")] = None,
     num: Annotated[int, typer.Option(help="Pictures a prompt.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
@@ -102,12 +106,12 @@ def sample(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder for the pictures")
     folder = model or find_model(runs)
-    from latentgen.cli.drawing import draw_to_folder, open_model
+    from latentgen.cli.drawing import default_side, draw_to_folder, open_here
 
-    opened = open_model(folder, device, dtype)
+    opened = open_here(folder, device, dtype, lora or [], embedding or [])
     from latentgen.pipelines.generate import Request, check, remark, steps_of
 
-    side = opened.default_side
+    side = default_side(opened.model)
     requests = [
         Request(
             prompt,

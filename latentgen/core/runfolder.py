@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+ADAPTER_INDEX = "adapter.json"
+"""In an adapter folder, what it holds and what it belongs to."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -29,6 +32,11 @@ class RunFolder:
         """The finished diffusers model folder: present only when every stage is done."""
         return self.path / "model"
 
+    @property
+    def adapter(self) -> Path:
+        """What fine-tuning learned beside the model it started from: small matrices, words."""
+        return self.path / "adapter"
+
     def samples(self, stage: str) -> Path:
         """Preview grids of one stage, one PNG a preview step."""
         return self.path / "samples" / stage
@@ -52,6 +60,7 @@ def newest_with_averages(root: Path, stage: str) -> Path | None:
 
 
 def newest_finished(root: Path) -> Path | None:
-    """The most recently finished run's model folder below `root`, or None."""
-    done = [folder for folder in root.glob("*/model/model_index.json") if folder.is_file()]
+    """The most recently finished run's model folder or adapter folder below `root`, or None."""
+    results = ("*/model/model_index.json", f"*/adapter/{ADAPTER_INDEX}")
+    done = [file for result in results for file in root.glob(result) if file.is_file()]
     return max(done, key=lambda file: (file.stat().st_mtime_ns, str(file))).parent if done else None

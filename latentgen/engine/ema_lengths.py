@@ -20,7 +20,7 @@ class EmaLengths:
     `averages` are named NETWORK-LENGTH; they are part of a checkpoint.
 
     Args:
-        networks: by name; copied.
+        networks: by name; what changes of them is copied.
         lengths: relative ones, see `engine.ema_profiles`.
         every: steps between two snapshots; the last step has one too.
         wide: keep snapshots in the averages' own type, not in float16.
@@ -65,11 +65,11 @@ class EmaLengths:
         """
         found: list[Snapshot] = []
         for key, (name, length) in self._of.items():
-            module = self.averages[key].averaged
+            ema = self.averages[key]
+            averaged = ema.changing.parameters
             # One length after the other: only the main process has whole tensors, and only of one length in full width.
-            tensors = sharding.gather(module.state_dict(), keep=main)
-            averaged = {parameter for parameter, _ in module.named_parameters(remove_duplicate=False)}
+            tensors = sharding.gather(ema.state_dict(), keep=main)
             kept = {k: v.cpu() if self.wide or k not in averaged else narrow(v) for k, v in tensors.items()}
-            found.append(Snapshot(name, step, length, kept, frozenset(averaged)))
+            found.append(Snapshot(name, step, length, kept, averaged))
         if main:
             write_snapshot(folder, step, found)

@@ -34,7 +34,7 @@ class Snapshot:
     Args:
         network: its name among the stage's modules.
         length: relative, see `engine.ema_profiles`.
-        tensors: the network's whole state by name.
+        tensors: the state of the network by name; of one that is partly frozen, what changes.
         averaged: names of those that are averages; the others (buffers) are the newest values.
     """
 
@@ -57,7 +57,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """An average put together: the network's state in float32, and how well the profile was met."""
+    """An average put together: what changes of the network in float32, and how well the profile was met."""
 
     step: int
     tensors: dict[str, Tensor]

@@ -247,6 +247,8 @@ def lerp_unless(skip: Tensor, mine: list[Tensor], theirs: list[Tensor], weight: 
 
     On a GPU nobody waits for `skip`: it is a step of plain SGD along the difference, whose kernel takes it.
     """
+    if not mine:  # all is frozen, and the kernels take no empty lists
+        return
     if skip.device.type != "cpu":
         lerp_on_device(skip, mine, theirs, weight)
     elif not skip:

@@ -84,10 +84,9 @@ class Muon(torch.optim.AdamW):
     the update is scaled to that (arXiv 2502.16982, eq. 4). A convolution's weight is the matrix [out, in * h * w].
 
     Args:
-        matrices: parameters of two dimensions or more.
+        matrices: groups of parameters of two dimensions or more, with their weight decay.
         groups: AdamW's parameter groups.
         momentum: of Nesterov's kind, over gradients.
-        weight_decay: of the matrices.
         dtype: to turn matrices in. bfloat16 is as good to learn with, and what GPUs multiply fast; what float32 gives
             also does not depend on how a batch is cut.
 
@@ -98,19 +97,18 @@ class Muon(torch.optim.AdamW):
 
     def __init__(
         self,
-        matrices: list[nn.Parameter],
+        matrices: list[dict[str, Any]],
         groups: list[dict[str, Any]],
         *,
         lr: float,
         betas: tuple[float, float],
-        weight_decay: float,
         momentum: float = 0.95,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.dtype = dtype
-        own = {"params": matrices, "weight_decay": weight_decay, "momentum": momentum}
+        own = [{**group, "momentum": momentum} for group in matrices]
         rest = [{**group, "momentum": None} for group in groups]
-        super().__init__([group for group in (own, *rest) if group["params"]], lr=lr, betas=betas, fused=True)
+        super().__init__([*own, *rest], lr=lr, betas=betas, fused=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

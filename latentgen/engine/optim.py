@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from latentgen.core.errors import UserError
 from latentgen.engine.muon import Muon, matrices_of
 from latentgen.engine.sharding import cut, rows
+
+Groups = list[dict[str, Any]]
+"""Parameters and what holds for them, as torch's optimizers take them."""
 
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, steps: int, final: float = 0.0) -> float:
@@ -40,37 +43,52 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, steps: 
 
 
 def build_optimizer(
-    modules: Iterable[nn.Module],
+    modules: Mapping[str, nn.Module],
     *,
     kind: str,
     lr: float,
     betas: tuple[float, float],
     weight_decay: float,
     dtype: torch.dtype = torch.float32,
+    rates: Mapping[str, float] | None = None,
+    no_decay: Collection[str] = (),
 ) -> torch.optim.Optimizer:
     """The optimizer of these modules' trainable parameters; matrices decay, vectors do not.
 
+    Each of its groups is of one module, and has that module's factor on the learning rate as `rate`: see `set_rate`.
+
     Args:
+        modules: by name.
         kind: "adamw", with the fused kernel (on the CPU a third of the default's time), "adamw8bit", or "muon" for the
             matrices of layers and AdamW for the rest.
         dtype: that Muon turns matrices in.
+        rates: module -> factor on the learning rate; 1 where nothing is said.
+        no_decay: modules of which nothing decays.
 
     Raises:
         UserError: the library of "adamw8bit" is missing.
     """
-    modules = list(modules)
-    matrices = matrices_of(modules) if kind == "muon" else []
-    taken = set(matrices)
-    rest = [[p for p in module.parameters() if p.requires_grad and p not in taken] for module in modules]
     # A group for each module: one may be cut over processes where another is not, and a fused kernel takes no mixture.
-    groups: list[dict[str, Any]] = [
-        *({"params": [p for p in own if p.ndim > 1], "weight_decay": weight_decay} for own in rest),
-        *({"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0} for own in rest),
-    ]
-    groups = [group for group in groups if group["params"]]
+    turned, matrices, vectors = Groups(), Groups(), Groups()
+    for name, module in modules.items():
+        about = {"rate": (rates or {}).get(name, 1.0), "weight_decay": 0.0 if name in no_decay else weight_decay}
+        layers = matrices_of([module]) if kind == "muon" else []
+        taken = set(layers)
+        rest = [p for p in module.parameters() if p.requires_grad and p not in taken]
+        turned.append({**about, "params": layers})
+        matrices.append({**about, "params": [p for p in rest if p.ndim > 1]})
+        vectors.append({**about, "params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0})
+    turned, groups = ([group for group in some if group["params"]] for some in (turned, matrices + vectors))
+    optimizer = _optimizer(kind, turned, groups, lr, betas, dtype)
+    set_rate(optimizer, lr)
+    return optimizer
+
+
+def _optimizer(
+    kind: str, turned: Groups, groups: Groups, lr: float, betas: tuple[float, float], dtype: torch.dtype
+) -> torch.optim.Optimizer:
     if kind == "muon":
-        return Muon(matrices, groups, lr=lr, betas=betas, weight_decay=weight_decay, dtype=dtype)
-    groups = [group for group in groups if group["params"]]
+        return Muon(turned, groups, lr=lr, betas=betas, dtype=dtype)
     if kind == "adamw8bit":
         return _adamw8bit(groups, lr, betas)
     if kind != "adamw":
@@ -78,7 +96,13 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def _adamw8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next step; each module's is this times its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate"]
+
+
+def _adamw8bit(groups: Groups, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
     """AdamW with block-wise 8-bit moments (arXiv 2110.02861); its state is plain tensors, so checkpoints hold it."""
     try:
         library = importlib.import_module("bitsandbytes")

@@ -10,12 +10,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from latentgen.core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ def shard(network: nn.Module, sharding: Sharding, device: torch.device) -> None:
         distributed.broadcast(value.detach(), 0)
     scalars = {p for p in network.parameters() if p.ndim == 0}
     for scalar in scalars:
-        scalar.register_hook(_mean)
+        if scalar.requires_grad:
+            scalar.register_hook(_mean)
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for group in groups(network, sharding.min_parameters):
         fully_shard(group, mesh=mesh, reshard_after_forward=sharding.reshard_after_forward, ignored_params=scalars)
@@ -130,16 +134,34 @@ def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return found
 
 
-def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """`load_state_dict`, into a module that may be cut, of tensors that are whole or this process's parts."""
-    own = module.state_dict()
-    module.load_state_dict({name: cut(value, own[name]) if name in own else value for name, value in state.items()})
+@torch.no_grad()
+def load(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copy into a network's `own` tensors, which may be cut, those of `state`, which are whole or this process's parts.
+
+    Raises:
+        UserError: they are not of the same names and shapes.
+    """
+    new = {name: cut(value, own[name]) for name, value in state.items() if name in own}
+    wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if new[name].shape != own[name].shape]
+    if wrong:
+        raise UserError(
+            f"what was saved is not what this run trains ({', '.join(wrong[:3])}): the networks, or what is frozen of "
+            "them, have changed; go on with the version and the recipe that saved it, or choose another name="
+        )
+    for name, value in own.items():
+        value.copy_(new[name])
 
 
 def rebuilt(module: nn.Module, parameters: Iterable[Tensor]) -> nn.Module:
-    """A copy of `module` with these frozen parameters in the place of its own; shared ones stay shared."""
-    pairs = zip(module.parameters(), parameters, strict=True)
-    return copy.deepcopy(module, {id(old): nn.Parameter(new.detach(), requires_grad=False) for old, new in pairs})
+    """A copy of `module` with these frozen parameters in the place of its own; shared ones stay shared.
+
+    Args:
+        parameters: `nn.Parameter` among them are taken as they are.
+    """
+    memo: dict[int, Any] = {}
+    for old, new in zip(module.parameters(), parameters, strict=True):
+        memo[id(old)] = new if isinstance(new, nn.Parameter) else nn.Parameter(new.detach(), requires_grad=False)
+    return copy.deepcopy(module, memo)
 
 
 def assemble(modules: Mapping[str, nn.Module], keep: bool) -> dict[str, nn.Module]:

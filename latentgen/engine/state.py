@@ -29,22 +29,27 @@ class State:
         rollback: Rollback,
         validation: Validation | None = None,
     ) -> None:
-        self.modules, self.averages, self.optimizers = trained.plain, trained.averages(), trained.optimizers
+        self.trained, self.averages, self.optimizers = trained, trained.averages(), trained.optimizers
         self.accelerator = trained.accelerator
         self.meter, self.guard, self.fitting, self.validation = meter, guard, fitting, validation
         self.rollback = rollback
 
     def groups(self) -> dict[str, Tensors]:
         """What a step changes: these tensors themselves."""
-        tensors: dict[str, Tensors] = {f"weights-{name}": dict(m.state_dict()) for name, m in self.modules.items()}
-        tensors |= {f"ema-{name}": ema.state_dict() for name, ema in self.averages.items()}
+        tensors = self._of_networks()
         tensors |= {f"optimizer-{name}": optim.flatten(o.optimizer) for name, o in self.optimizers.items()}
         return tensors | {"spikes": self.guard.spikes.state_dict()}
 
+    def _of_networks(self) -> dict[str, Tensors]:
+        modules, changing = self.trained.plain, self.trained.changing
+        weights = {f"weights-{name}": changing[name].tensors(module) for name, module in modules.items()}
+        return weights | {f"ema-{name}": ema.state_dict() for name, ema in self.averages.items()}
+
     def put(self, tensors: Mapping[str, Tensors]) -> None:
         """Take such groups back, copied; what is cut is given as this process's rows, or whole."""
-        for name, module in self.modules.items():
-            sharding.load(module, tensors[f"weights-{name}"])
+        own = self._of_networks()
+        for name in self.trained.plain:
+            sharding.load(own[f"weights-{name}"], tensors[f"weights-{name}"])
         for name, ema in self.averages.items():
             ema.load_state_dict(tensors[f"ema-{name}"])
         for name, optimizer in self.optimizers.items():
@@ -70,8 +75,7 @@ class State:
 
     def wanted(self) -> Wanted:
         """The rows of each tensor of a checkpoint that this process has use for."""
-        own: dict[str, Tensors] = {f"weights-{name}": dict(m.state_dict()) for name, m in self.modules.items()}
-        own |= {f"ema-{name}": ema.state_dict() for name, ema in self.averages.items()}
+        own = self._of_networks()
         trained = {
             f"optimizer-{name}": [p for group in o.optimizer.param_groups for p in group["params"]]
             for name, o in self.optimizers.items()

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from latentgen.core.rand import seed_of
-from latentgen.engine import sharding
+from latentgen.engine import optim, sharding
 from latentgen.engine.guard import Guard
 from latentgen.engine.memory import Fitting
 from latentgen.engine.meter import Meter
@@ -85,8 +85,7 @@ class Stepper:
             for key, value in values.items():
                 self.meter.add(prefix + key, _unless(skip, value / len(seen)), count=number == len(seen) - 1)
         self.meter.add(f"{prefix}grad_norm", _unless(skip, norm))
-        for group in optimizer.param_groups:
-            group["lr"] = self.settings.rate(step)
+        optim.set_rate(optimizer, self.settings.rate(step))
         self.guard.apply(optimizer)
         _take_back(buffers, skip)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,20 +28,27 @@ class Phase:
 
     Args:
         name: passed to `Task.losses`, and names the optimizer in checkpoints.
-        trains: names of the modules whose parameters it updates.
+        trains: names of the modules whose parameters it updates, those that require gradients before training.
         start: first step at which the phase runs (an adversarial phase starts late).
+        rates: module -> factor on the scheduled learning rate, which the log has; 1 where nothing is said.
+        no_decay: modules of which nothing decays: learned tokens, adapters.
     """
 
     name: str
     trains: tuple[str, ...]
     start: int = 0
+    rates: Mapping[str, float] = field(default_factory=dict)
+    no_decay: tuple[str, ...] = ()
 
 
 class Task(Protocol):
     """What can be trained. A task has no loop of its own.
 
     `modules` holds every trained network by name; the loop replaces each by its distributed wrapper, so `losses` must
-    call them through this mapping and by `forward`. `averaged` names the modules of which an EMA is kept.
+    call them through this mapping and by `forward`. `averaged` names the modules of which an EMA is kept, and which
+    FSDP cuts.
+
+    Parameters that do not require gradients are frozen: they are in no checkpoint, and averages share them.
     """
 
     name: str

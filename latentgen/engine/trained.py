@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from latentgen.core.errors import UserError
 from latentgen.engine import optim, sharding
+from latentgen.engine.changing import Changing
 from latentgen.engine.ema import Ema
 from latentgen.engine.ema_host import HostEma
 from latentgen.engine.ema_lengths import EmaLengths
 from latentgen.engine.settings import LoopSettings
 from latentgen.engine.sharding import Sharding
-from latentgen.engine.task import Task
+from latentgen.engine.task import Phase, Task
 from latentgen.engine.world import check_found
 
 
@@ -27,12 +28,13 @@ class Trained:
 
     Attributes:
         plain: name -> the network itself.
+        changing: name -> what of it changes.
         ema: name -> the average that is previewed and exported.
         lengths: the averages for `latentgen ema`.
         optimizers: phase -> accelerate's wrapper.
 
     Raises:
-        UserError: a network is not wrapped as asked for.
+        UserError: a network is not wrapped as asked for; a phase has nothing to train of one, or in half precision.
     """
 
     def __init__(
@@ -40,6 +42,9 @@ class Trained:
     ) -> None:
         self.accelerator = accelerator
         self.plain = {name: module.to(accelerator.device) for name, module in task.modules.items()}
+        self.changing = {name: Changing(module) for name, module in self.plain.items()}
+        for phase in task.phases():
+            self._check(phase)
         kind = HostEma if settings.ema_device == "cpu" else Ema
         if kind is HostEma and shards is not None:
             raise UserError("train.ema_device: with FSDP averages are cut over the processes already; leave it out")
@@ -60,19 +65,39 @@ class Trained:
         fast_bf16 = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda"
         for phase in task.phases():
             optimizer = optim.build_optimizer(
-                [self.plain[name] for name in phase.trains],
+                {name: self.plain[name] for name in phase.trains},
                 kind=settings.optimizer,
                 lr=settings.learning_rate,
                 betas=(settings.beta1, settings.beta2),
                 weight_decay=settings.weight_decay,
                 dtype=torch.bfloat16 if fast_bf16 else torch.float32,
+                rates=phase.rates,
+                no_decay=phase.no_decay,
             )
             self.optimizers[phase.name] = accelerator.prepare(optimizer)
         for name, module in self.plain.items():
             cut = shards is not None and name in self.ema
-            # In accelerate's words, evaluation_mode is mixed precision without DDP.
-            task.modules[name] = accelerator.prepare_model(module.train(), evaluation_mode=cut)
+            # In accelerate's words, evaluation_mode is mixed precision without DDP, which takes nothing that is frozen.
+            bare = cut or not self.changing[name].parameters
+            task.modules[name] = accelerator.prepare_model(module.train(), evaluation_mode=bare)
         check_found(task.modules, self.ema.keys() if shards is not None else (), accelerator.num_processes)
+
+    def _check(self, phase: Phase) -> None:
+        """Raise `UserError` for what no optimizer could train, or only with updates that are lost to rounding."""
+        assert {*phase.rates, *phase.no_decay} <= {*phase.trains}, phase
+        for name in phase.trains:
+            trained = self.changing[name].parameters
+            if not trained:
+                raise UserError(
+                    f"the network {name} has nothing to train: all of it is frozen; leave it out, or adapt it"
+                )
+            for key in sorted(trained):
+                dtype = self.plain[name].get_parameter(key).dtype
+                if dtype.itemsize < 4:
+                    raise UserError(
+                        f"the network {name} cannot be trained in {str(dtype).removeprefix('torch.')} ({key}): load "
+                        "what is trained in float32; train.precision is what it computes in"
+                    )
 
     def averages(self) -> dict[str, Ema]:
         """All that is tracked, by the name it has in a checkpoint."""

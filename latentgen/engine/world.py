@@ -72,18 +72,22 @@ def processes_asked(
     """
     if "WORLD_SIZE" in environment:
         return int(environment["WORLD_SIZE"])
-    config = default_config if launcher else None
-    for position, word in enumerate(launcher):
-        name, _, value = word.partition("=")
-        value = value or (launcher[position + 1] if position + 1 < len(launcher) else "")
-        name = name.replace("-", "_")
-        if name in ("__num_processes",) and value.isdigit():
-            return int(value)
-        if name == "__config_file":
-            config = Path(value)
+    number, file = option(launcher, "num_processes"), option(launcher, "config_file")
+    if number is not None and number.isdigit():
+        return int(number)
+    config = Path(file) if file is not None else default_config if launcher else None
     if config is not None and config.is_file():
         found = (yaml.safe_load(config.read_text()) or {}).get("num_processes")
         return int(found) if found is not None else None
+    return None
+
+
+def option(launcher: Sequence[str], name: str) -> str | None:
+    """What the launcher's command line says after `--name`, with hyphens or underscores; None if nothing."""
+    for word, after in zip(launcher, [*launcher[1:], ""], strict=False):
+        key, _, value = word.partition("=")
+        if key.replace("-", "_") == f"__{name}":
+            return value or after
     return None
 
 
@@ -102,13 +106,24 @@ def check_world(found: int, asked: int | None, wanted: int | None) -> None:
             )
 
 
-def check_precision(precision: str, environment: Mapping[str, str]) -> None:
-    """Raise `UserError` when the launcher's mixed precision contradicts the recipe's."""
-    launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched != "no" and launched != precision:
+def check_precision(precision: str, environment: Mapping[str, str], launcher: Sequence[str] = ()) -> None:
+    """Raise `UserError` when the launcher's mixed precision contradicts the recipe's.
+
+    `accelerate launch` passes "no" on also where nobody chose it: unless its command line says so, that is a warning.
+
+    Args:
+        launcher: the launcher's command line, [] without one.
+    """
+    launched = environment.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    wanted = {"fp32": "no"}.get(precision, precision)
+    if launched in ("", wanted):
+        return
+    if launched != "no" or option(launcher, "mixed_precision") is not None:
         raise UserError(
-            f"train.precision is {precision} but the launcher says --mixed_precision {launched}; make them agree"
+            f"train.precision is {precision} but the launcher says --mixed_precision {launched}: make them agree, "
+            f"with --mixed_precision {wanted} or another train.precision"
         )
+    logger.warning("the launcher's mixed_precision: no is ignored, train.precision decides: %s", precision)
 
 
 def check_wrapping(environment: Mapping[str, str], precision: str) -> None:
@@ -193,7 +208,7 @@ def make_world(precision: str, processes: int | None = None, device: str | None 
     if device not in (None, "cpu"):
         raise UserError(f"--device {device}: training takes cpu, or the GPUs that the launcher gives it (leave it out)")
     launcher = launcher_command()
-    check_precision(precision, os.environ)
+    check_precision(precision, os.environ, launcher)
     check_wrapping(os.environ, precision)
     sharding = sharding_asked(os.environ)
     if sharding is not None:

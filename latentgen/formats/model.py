@@ -16,6 +16,7 @@ from latentgen.formats.scheduler import parameterization
 from latentgen.models.autoencoder import Vae
 from latentgen.models.context import Context, size_count, zero
 from latentgen.models.text import Tower, encode_text, pooled_width, projects, prompt_length, states_width
+from latentgen.models.tokens import LearnedTokens, put
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Model:
         metadata: JSON values; kept in latentgen.json.
         control: a network beside the U-Net that is shown a picture (ControlNet, arXiv 2302.05543); it has a folder of
             its own, not one in the model's.
+        tokens: words that the text encoders are learning; in a finished model they are rows like all others.
     """
 
     vae: Vae
@@ -42,6 +44,7 @@ class Model:
     zero_empty: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
     control: ControlNetModel | None = None
+    tokens: LearnedTokens | None = None
 
     def parameterization(self) -> Parameterization:
         """What `prediction` and `schedule` mean.
@@ -55,12 +58,15 @@ class Model:
         """Every network, by the name that other tools know it by."""
         own: dict[str, nn.Module] = {"unet": self.unet, "vae": self.vae}
         own |= {tower.name: tower.encoder for tower in self.towers}
-        return own if self.control is None else {**own, "control": self.control}
+        beside: dict[str, nn.Module | None] = {"control": self.control, "tokens": self.tokens}
+        return own | {name: network for name, network in beside.items() if network is not None}
 
     def with_networks(self, networks: Mapping[str, nn.Module]) -> Model:
         """The model with these in place of its own, by the names of `networks`."""
         towers = tuple(replace(t, encoder=networks.get(t.name, t.encoder)) for t in self.towers)  # type: ignore[arg-type]
-        own: dict[str, Any] = {name: networks[name] for name in ("unet", "vae", "control") if name in networks}
+        own: dict[str, Any] = {
+            name: networks[name] for name in ("unet", "vae", "control", "tokens") if name in networks
+        }
         return replace(self, towers=towers, **own)
 
     @property
@@ -84,6 +90,8 @@ class Model:
 
     def encode(self, captions: Sequence[str]) -> Context:
         """What the U-Net reads of captions, without sizes; empty ones are zeros where `zero_empty`."""
+        if self.tokens is not None:
+            put(self.tokens(), {tower.name: tower.encoder for tower in self.towers})
         context = encode_text(self.towers, captions)
         if not self.zero_empty:
             return context

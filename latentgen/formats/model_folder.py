@@ -57,7 +57,7 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None, *, 
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file()):
         raise UserError(f"{folder} exists and is not a model folder: it is left as it is; choose another name")
     scheduler = scheduler_config(model.prediction, model.schedule, model.learned_variance)
-    networks = {name: network for name, network in model.networks().items() if name != "control"}
+    networks = {name: network for name, network in model.networks().items() if name not in ("control", "tokens")}
     for name, network in (networks | ({"clip": clip} if clip is not None else {})).items():
         stored = network.state_dict() if name == "clip" else _stored(network, dtype)
         require_finite({f"{name}/{key}": value for key, value in stored.items()}, f"the model folder {folder}")

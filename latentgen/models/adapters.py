@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -223,6 +224,25 @@ def _by_value(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _first(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     return next((value for pattern, value in patterns.items() if re.search(pattern, path)), default)
+
+
+@contextmanager
+def switched_off(networks: Collection[nn.Module]) -> Iterator[None]:
+    """Inside the block adapters do nothing; what requires gradients is as before afterwards."""
+    layers = [layer for network in networks for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
+    parameters = [p for network in networks for p in adapter_parameters(network).values() if p.requires_grad]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for network in networks:
+            for parameter in adapter_parameters(network).values():
+                parameter.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:

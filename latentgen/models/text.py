@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from latentgen.core.errors import UserError
 from latentgen.models.context import Context
+from latentgen.models.words import expand_prompt
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +102,10 @@ def _untruncated(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[list
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     """Token ids [b, t] (int64) of captions, start and end added, cut and padded to t = `model_max_length`.
 
-    The same ids as StableDiffusionPipeline makes. The first caption that is cut is reported in the log, once.
+    The same ids as StableDiffusionPipeline makes. Learned words of several vectors are spelled out. The first caption
+    that is cut is reported in the log, once.
     """
-    rows = _untruncated(tokenizer, captions)
+    rows = _untruncated(tokenizer, [expand_prompt(tokenizer, caption) for caption in captions])
     length = tokenizer.model_max_length
     padding: Any = tokenizer.pad_token_id
     ids = torch.full((len(rows), length), padding, dtype=torch.int64)

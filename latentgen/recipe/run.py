@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import logging
@@ -16,15 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentgen import __version__
 from latentgen.core.allocator import keep_memory
 from latentgen.core.errors import UserError
-from latentgen.core.files import clear_leftovers, content_key, file_sha256, write_folder, write_json, write_text
-from latentgen.core.runfolder import RunFolder
+from latentgen.core.files import clear_leftovers, content_key, file_sha256, write_json, write_text
+from latentgen.core.runfolder import ADAPTER_INDEX, RunFolder
 from latentgen.data.fetch import CachedBatches, PictureBatches, to_tensor
 from latentgen.data.loader import Loader
 from latentgen.data.sources.alternating import Alternating
@@ -47,13 +46,22 @@ from latentgen.models.text import Tower, train_tokenizer
 from latentgen.models.unet import checkpoint_activations
 from latentgen.pipelines.generate import check
 from latentgen.recipe import build
+from latentgen.recipe.finetune import (
+    Training,
+    makes_adapter,
+    prepare,
+    read_trained,
+    runs_text,
+    write_result,
+    write_trained,
+)
 from latentgen.recipe.load import dump_recipe, load_recipe
 from latentgen.recipe.plan import Plan, make_plan
 from latentgen.recipe.prior import make_class_pictures, with_prior
 from latentgen.recipe.reporting import Reporter, note_start
 from latentgen.recipe.schema import Recipe
 from latentgen.recipe.validation import validation, wanted
-from latentgen.tasks.caching import Share, cache_latents, cache_text
+from latentgen.tasks.caching import Share, cache_latents, cache_text, token_table
 from latentgen.tasks.clip import ClipTask, finish_clip
 from latentgen.tasks.diffusion import LEVELS, DiffusionTask
 from latentgen.tasks.vae import VaeTask, finish_vae
@@ -103,9 +111,10 @@ class Run:
             Interrupted: a signal asked to stop; what was trained is saved.
             Lost: another process is gone.
         """
-        if (self.folder.model / "model_index.json").is_file():
-            logger.info("%s is finished; choose another name= to train anew", self.folder.model)
-            return self.folder.model
+        done = self._done()
+        if done is not None:
+            logger.info("%s is finished; choose another name= to train anew", done)
+            return done
         build.check(self.recipe, self.accelerator.num_processes)
         plan = make_plan(self.recipe, len(self.source))
         lock = held(self.folder.path, f"the run {self.folder.path}", self.accelerator)
@@ -121,17 +130,26 @@ class Run:
         vae = self._vae()
         towers, zero_empty, clip = self._towers()
         model = build.new_model(self.recipe, vae, towers, zero_empty)
-        self._class_pictures(model)
-        unet = self._unet(model)
+        if makes_adapter(self.recipe):
+            self._train_unet(model, self.folder.adapter)
+            self.report()
+            logger.info("what was learned is in %s", self.folder.adapter)
+            return self.folder.adapter
+        trained = self._unet(model)
         self.watch.mark("writing the model")
         if self.accelerator.is_main_process:
-            save_model(
-                dataclasses.replace(model, unet=unet, metadata=self._metadata(plan.flops)), self.folder.model, clip=clip
-            )
+            save_model(dataclasses.replace(trained, metadata=self._metadata(plan.flops)), self.folder.model, clip=clip)
             self.report()
         self.accelerator.wait_for_everyone()
         logger.info("the model is in %s", self.folder.model)
         return self.folder.model
+
+    def _done(self) -> Path | None:
+        """The result of a finished run."""
+        for result, index in ((self.folder.model, "model_index.json"), (self.folder.adapter, ADAPTER_INDEX)):
+            if (result / index).is_file():
+                return result
+        return None
 
     def _refuse_another_recipe(self) -> None:
         if self.folder.recipe.is_file():
@@ -285,54 +303,77 @@ class Run:
         return (Tower("text_encoder", self._frozen(text_encoder), tokenizer),), False, load_clip(result / "clip")
 
     def _class_pictures(self, model: Model) -> None:
-        """Draw them while the model still is what training starts from."""
-        if isinstance(self.source, Alternating) and not self.folder.result("unet").is_dir():
+        """Draw them, while the model still is what training starts from."""
+        if isinstance(self.source, Alternating):
             model.unet.to(self.accelerator.device)
             self.watch.mark("class pictures")
             with self.watch.following(model.networks().values()):
                 make_class_pictures(self.recipe, model, self.source, self._share())
 
-    def _unet(self, model: Model) -> UNet2DConditionModel:
-        result, recipe = self.folder.result("unet"), self.recipe
+    def _unet(self, model: Model) -> Model:
+        """The model with the networks that this stage trained, read back from its result."""
+        result = self.folder.result("unet")
         if not result.is_dir():
-            previews = build.previews(recipe)
-            for request in previews:
-                check(request, model)
-            fetch = self._cached(model, self.source)
-            task = DiffusionTask(
-                model,
-                build.objective(recipe, model),
-                previews,
-                columns=recipe.preview.num,
-                kernel=recipe.unet.attention_kernel,
-                dtype=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
-            )
+            self._train_unet(model, result)
+        return read_trained(model, result)
 
-            def fetched(source: Source) -> CachedBatches:
-                return fetch if source is self.source else self._cached(model, source)
+    def _train_unet(self, model: Model, result: Path) -> None:
+        recipe = self.recipe
+        if result.is_dir():
+            return
+        self._class_pictures(model)
+        training = prepare(recipe, model)
+        model = training.model
+        for network in model.networks().values():
+            network.to(self.accelerator.device)
+        previews = build.previews(recipe)
+        for request in previews:
+            check(request, model)
+        fetch = self._cached(training, self.source)
+        task = DiffusionTask(
+            model,
+            build.objective(recipe, model),
+            previews,
+            columns=recipe.preview.num,
+            trains=training.trains,
+            rates=training.rates,
+            kernel=recipe.unet.attention_kernel,
+            dtype=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
+        )
 
-            measured = self._validation("unet", task.measure, fetched, parts=LEVELS)
-            if self.on_cpu and task.dtype == torch.float32:
-                quicken(model.unet)
-            if recipe.unet.gradient_checkpointing:
-                checkpoint_activations(model.unet, task.kernel, dtype=task.dtype)
-            self._stage(task, fetch, lambda averaged: _finish_unet(averaged["unet"], result), measured)
-        with quiet_libraries():
-            unet = UNet2DConditionModel.from_pretrained(result)
-        assert isinstance(unet, UNet2DConditionModel)
-        return unet
+        def fetched(source: Source) -> CachedBatches:
+            return fetch if source is self.source else self._cached(training, source)
+
+        measured = self._validation("unet", task.measure, fetched, parts=LEVELS)
+        if self.on_cpu and task.dtype == torch.float32:
+            quicken(model.unet)
+        if recipe.unet.gradient_checkpointing:
+            checkpoint_activations(model.unet, task.kernel, dtype=task.dtype)
+
+        def finish(averaged: Mapping[str, nn.Module]) -> None:
+            if makes_adapter(recipe):
+                write_result(recipe, training, averaged, result)
+            else:
+                write_trained(recipe, training, averaged, result)
+
+        self._stage(task, fetch, finish, measured)
 
     def _share(self) -> Share:
         return Share(self.accelerator.process_index, self.accelerator.num_processes, self.watch.move)
 
-    def _cached(self, model: Model, source: Source) -> CachedBatches:
+    def _cached(self, training: Training, source: Source) -> CachedBatches:
+        model = training.model
         share = self._share()
         cache, data = Path(self.recipe.data.cache), self.recipe.data
         with self.watch.following([model.vae, *(tower.encoder for tower in model.towers)]):
             self.watch.mark("caching latents")
             moments = cache_latents(model, source, cache, flip=data.flip, share=share)
             self.watch.mark("caching text states")
-            texts = cache_text(model, source, cache, captions=data.captions, share=share)
+            if runs_text(training):
+                texts, rows = token_table(model, source, captions=data.captions)
+            else:
+                kept = cache_text(model, source, cache, captions=data.captions, share=share)
+                texts, rows = kept.parts(), kept.rows
         values = {}
         if model.sizes:
             # Pictures reach training cut and scaled: that is the original the network is told of.
@@ -341,15 +382,10 @@ class Run:
             values["sizes"] = np.tile(np.array(row, dtype=np.float32), (len(source), 1))
         if isinstance(source, Alternating):
             values["weight"] = source.weights()
-        return CachedBatches(moments, texts.parts(), texts.rows, self.recipe.diffusion.caption_dropout, values)
+        return CachedBatches(moments, texts, rows, self.recipe.diffusion.caption_dropout, values)
 
     def _frozen(self, network: Any) -> Any:
         return network.eval().requires_grad_(False).to(self.accelerator.device)
-
-
-def _finish_unet(averaged: nn.Module, folder: Path) -> None:
-    assert isinstance(averaged, UNet2DConditionModel)
-    write_folder(folder, lambda aside: copy.deepcopy(averaged).save_pretrained(aside))
 
 
 def _from_weights(recipe: Recipe) -> dict[str, str]:

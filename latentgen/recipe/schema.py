@@ -286,11 +286,15 @@ class Finetune(Section):
         description="train a ControlNet beside the U-Net: to follow edges found in the pictures, or a second picture "
         "of each example (arXiv 2302.05543)",
     )
-    layouts: tuple[Literal["diffusers", "kohya", "comfyui"], ...] = Field(
-        default=("diffusers", "kohya"),
+    layouts: tuple[Literal["diffusers", "kohya", "comfyui"], ...] | None = Field(
+        default=None,
         min_length=1,
-        description="files of small matrices, by who reads their names",
+        description="files of matrices, by who reads them (null: diffusers and kohya; of lokr and loha kohya)",
     )
+
+    def written(self) -> tuple[str, ...]:
+        """The layouts of the files."""
+        return self.layouts or (("diffusers", "kohya") if self.method in ("lora", "dora") else ("kohya",))
 
 
 class Train(Section):
@@ -460,12 +464,12 @@ class Recipe(Section):
             raise ValueError("finetune.control: a ControlNet is trained beside a model that stays; say method: none")
         if f.text_encoders and f.method == "none":
             raise ValueError("finetune.text_encoders: say with which method; none trains words alone")
+        if f.method == "loha" and "diffusers" in f.written():
+            raise ValueError("finetune.layouts: diffusers knows no loha; write kohya or comfyui")
         if f.prior is not None and not f.prior.prompt:
             raise ValueError("finetune.prior.prompt: say what class the subject belongs to, such as `a dog`")
         if f.prior is not None and f.control is not None:
-            raise ValueError(
-                "finetune.prior: a ControlNet learns no subject, and the model stays as it is; leave it out"
-            )
+            raise ValueError("finetune.prior: a ControlNet learns no subject; leave it out")
 
     def stage_train(self, stage: str) -> Train:
         """The training settings of a stage: its own where given, `train`'s otherwise."""

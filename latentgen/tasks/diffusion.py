@@ -25,9 +25,11 @@ from latentgen.formats.model import Model
 from latentgen.models.autoencoder import encode_moments, latents_of, sample_latents
 from latentgen.models.context import Context, context_of, zero
 from latentgen.models.text import encode_tokens
+from latentgen.models.tokens import put
 from latentgen.models.unet import attention_kernel, predict
 from latentgen.pipelines.generate import Request, generate
 from latentgen.pipelines.pictures import grid, save_png
+from latentgen.tasks.adapting import drawn
 
 LEVELS = 4
 """Parts of the noise levels whose errors are logged apart; each holds as many training examples."""
@@ -99,7 +101,9 @@ class DiffusionTask:
 
     Args:
         model: the networks; those that are not trained take part as they are.
-        trains: names of the networks that are trained, as `Model.networks` names them.
+        trains: names of the networks that are trained, as `Model.networks` names them; of these what requires
+            gradients.
+        rates: of some of them the factor on the learning rate.
         previews: pictures drawn at every preview.
         columns: how many of them share a prompt and so a row.
         kernel: attention kernel while training, as `models.unet.attention_kernel` names them.
@@ -116,11 +120,12 @@ class DiffusionTask:
         *,
         columns: int,
         trains: Sequence[str] = ("unet",),
+        rates: Mapping[str, float] | None = None,
         kernel: str = "auto",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model, self.objective, self.previews, self.columns = model, objective, previews, columns
-        self.kernel, self.dtype = kernel, dtype
+        self.kernel, self.dtype, self.rates = kernel, dtype, dict(rates or {})
         self._frozen = model.networks()
         self.modules: dict[str, nn.Module] = {name: self._frozen.pop(name) for name in trains}
         self.averaged: tuple[str, ...] = tuple(trains)
@@ -129,7 +134,8 @@ class DiffusionTask:
 
     def phases(self) -> tuple[Phase, ...]:
         """One optimizer for all that is trained."""
-        return (Phase("unet", tuple(self.modules)),)
+        words = ("tokens",) if "tokens" in self.modules else ()
+        return (Phase("unet", tuple(self.modules), rates=self.rates, no_decay=words),)
 
     def _networks(self) -> Networks:
         return {**self._frozen, **self.modules}
@@ -170,6 +176,8 @@ class DiffusionTask:
             return context_of(batch, device)
         towers = self.model.towers
         encoders = [networks[tower.name] for tower in towers]
+        if "tokens" in networks:
+            put(networks["tokens"](), networks)
         context = encode_tokens(towers, [batch[tower.name].to(device) for tower in towers], encoders)
         if self.model.zero_empty:
             context = zero(context, batch["empty"].to(device))
@@ -261,7 +269,8 @@ class DiffusionTask:
 
     def preview(self, averaged: Mapping[str, nn.Module], step: int, folder: Path) -> dict[str, float]:
         """Draw the preview requests with the averaged networks."""
-        pictures = list(generate(self.model.with_networks(averaged), self.previews))
+        with drawn(self.model, averaged) as model:
+            pictures = list(generate(model, self.previews))
         prompts = [request.prompt for request in self.previews[:: self.columns]]
         sheet = grid(pictures, self.columns, prompts, scale=max(1, 128 // pictures[0].width))
         layout = {"captions": prompts, "columns": self.columns}

@@ -94,8 +94,8 @@ def test_made_pictures_are_known_before_they_are_there(tmp_path: Path) -> None:
     assert source.captions(1) == ("a dog",)
     assert source.contrasts(1, "a dog") == ()
     assert source.key() == key == MadePictures(Path("elsewhere/abc"), 3, "a dog", 8).key()
-    others = {MadePictures(Path(name), n, c, r).key() for name, n, c, r in
-              [("abd", 3, "a dog", 8), ("abc", 4, "a dog", 8), ("abc", 3, "a cat", 8), ("abc", 3, "a dog", 16)]}  # fmt: skip
+    changed = [("abd", 3, "a dog", 8), ("abc", 4, "a dog", 8), ("abc", 3, "a cat", 8), ("abc", 3, "a dog", 16)]
+    others = {MadePictures(Path(name), *rest).key() for name, *rest in changed}
     assert len(others | {key}) == 5
     source.path(1).write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"00001.png: .*; remove it, and the same command makes it again"):

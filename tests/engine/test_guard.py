@@ -143,8 +143,9 @@ def test_an_optimizer_that_knows_no_verdict_is_left_out(
     """As 8-bit ones are."""
     on_device(monkeypatch)
 
-    def plain(modules: list[nn.Module], **settings: Any) -> torch.optim.Optimizer:
-        return torch.optim.NAdam([p for module in modules for p in module.parameters()], lr=settings["lr"])
+    def plain(modules: dict[str, nn.Module], **settings: Any) -> torch.optim.Optimizer:
+        parameters = [p for module in modules.values() for p in module.parameters()]
+        return torch.optim.NAdam([{"params": parameters, "rate": 1.0}], lr=settings["lr"])
 
     monkeypatch.setattr("latentgen.engine.optim.build_optimizer", plain)
     assert different(accelerator, Fault("gradient", 3)) == []
@@ -301,7 +302,7 @@ def test_nobody_waits_for_the_device(kind: str, accelerator: Accelerator) -> Non
     """Tensors without values: whoever asks for one fails."""
     with FakeTensorMode():
         net = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Linear(32, 16))
-        plain = build_optimizer([net], kind=kind, lr=0.1, betas=(0.9, 0.99), weight_decay=0.1)
+        plain = build_optimizer({"net": net}, kind=kind, lr=0.1, betas=(0.9, 0.99), weight_decay=0.1)
         optimizer = accelerator.prepare_optimizer(plain)
         guard = Guard(accelerator, 3, Spikes(20.0, torch.device("cpu")))
         average = [p.detach().clone() for p in net.parameters()]

@@ -211,4 +211,4 @@ def test_gradient_checkpointing_gives_equal_gradients(dtype):
 def test_eight_bit_adam_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        build_optimizer([nn.Linear(2, 2)], kind="adamw8bit", lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
+        build_optimizer({"net": nn.Linear(2, 2)}, kind="adamw8bit", lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)

@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 def make(net: nn.Module, kind: str = "muon") -> torch.optim.Optimizer:
-    return build_optimizer([net], kind=kind, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    return build_optimizer({"net": net}, kind=kind, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
 
 
 def gradients(net: Net, number: int) -> None:
@@ -139,7 +139,7 @@ def test_steps_have_the_size_of_adamws() -> None:
     """Root mean square 0.2 times the learning rate, as eq. 4 of arXiv 2502.16982 asks."""
     torch.manual_seed(0)
     net = Net()
-    optimizer = build_optimizer([net], kind="muon", lr=0.01, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = build_optimizer({"net": net}, kind="muon", lr=0.01, betas=(0.9, 0.99), weight_decay=0.0)
     for weight in (net.conv.weight, net.linear.weight):
         before = weight.detach().clone()
         weight.grad = torch.randn_like(weight)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from latentgen.engine.optim import build_optimizer, flatten, learning_rate, unflatten
+from latentgen.engine.optim import build_optimizer, flatten, learning_rate, set_rate, unflatten
 
 RUN = {"peak": 0.8, "warmup": 4, "steps": 20}
 
@@ -66,7 +68,7 @@ class Net(nn.Module):
 
 
 def make(net: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer:
-    return build_optimizer([net], kind=kind, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    return build_optimizer({"net": net}, kind=kind, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
 
 
 def step(net: Net, optimizer: torch.optim.Optimizer, number: int) -> None:
@@ -124,6 +126,70 @@ def test_frozen_parameters_are_left_out() -> None:
     net.conv.requires_grad_(False)
     kept = [p for group in make(net).param_groups for p in group["params"]]
     assert len(kept) == 3
+
+
+KINDS = ("adamw", "adamw8bit", "muon")
+
+
+@pytest.fixture
+def eight_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for the library, which takes groups as torch's own AdamW does."""
+    library = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=torch.optim.AdamW))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", library)
+
+
+class Words(nn.Module):
+    """One row, as of a learned token; matrices that Muon takes and that it does not; vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Parameter(torch.ones(1, 768))
+        self.large, self.small = nn.Linear(16, 32), nn.Linear(32, 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("eight_bit")
+def test_every_module_has_its_rate_and_may_keep_from_decay(kind: str) -> None:
+    modules: dict[str, nn.Module] = {name: Words() for name in ("base", "tokens", "other")}
+    optimizer = build_optimizer(
+        modules,
+        kind=kind,
+        lr=0.5,
+        betas=(0.9, 0.99),
+        weight_decay=0.1,
+        rates={"tokens": 0.25, "base": 2.0},
+        no_decay=("tokens",),
+    )
+    for scheduled in (0.5, 0.01):  # as it is built, and as the loop sets it
+        of = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+        for name, rate, decay in (("base", 2.0, 0.1), ("tokens", 0.25, 0.0), ("other", 1.0, 0.1)):
+            for p in modules[name].parameters():
+                assert of[id(p)] == (rate * scheduled, decay if p.ndim > 1 else 0.0)
+        set_rate(optimizer, 0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("eight_bit")
+def test_the_factor_is_that_of_the_step(kind: str) -> None:
+    """Of all kinds of parameters, one row too: a step at half the factor is half as long, and decays half as much."""
+    torch.manual_seed(0)
+    modules = {name: Words() for name in ("one", "half", "still")}
+    begun = {name: value.clone() for name, value in modules["one"].state_dict().items()}
+    for module in modules.values():
+        module.load_state_dict(begun)
+    optimizer = build_optimizer(
+        modules, kind=kind, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, rates={"half": 0.5, "still": 0.0}
+    )
+    gradients = {name: torch.randn_like(value) for name, value in begun.items()}
+    for module in modules.values():
+        for name, p in module.named_parameters():
+            p.grad = gradients[name].clone()
+    optimizer.step()
+    for name, value in begun.items():
+        one, half, still = (module.get_parameter(name).detach() - value for module in modules.values())
+        assert float(one.abs().min()) > 0 or kind == "muon"
+        torch.testing.assert_close(half, one / 2, rtol=1e-4, atol=1e-7)
+        assert not still.any()
 
 
 def test_fused_adamw_is_the_plain_formula() -> None:

@@ -80,12 +80,32 @@ def test_check_world() -> None:
     check_world(1, None, None)
 
 
-def test_check_precision() -> None:
-    with pytest.raises(UserError, match=r"train.precision is fp32 but the launcher says --mixed_precision bf16"):
-        check_precision("fp32", {"ACCELERATE_MIXED_PRECISION": "bf16"})
-    check_precision("bf16", {"ACCELERATE_MIXED_PRECISION": "bf16"})
-    check_precision("bf16", {"ACCELERATE_MIXED_PRECISION": "no"})
-    check_precision("fp16", {})
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("launched", ["", "no", "bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("form", [None, "--mixed_precision {}", "--mixed-precision={}"])
+def test_precisions_cannot_disagree_silently(
+    precision: str, launched: str, form: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [*LAUNCH, *(form.format(launched).split(" ") if form and launched else []), "train.py"]
+    own = {"fp32": "no"}.get(precision, precision)
+    if launched in ("", own):
+        check_precision(precision, {"ACCELERATE_MIXED_PRECISION": launched} if launched else {}, words)
+        assert not caplog.messages
+    elif launched == "no" and form is None:
+        check_precision(precision, {"ACCELERATE_MIXED_PRECISION": "no"}, words)
+        assert caplog.messages == [
+            f"the launcher's mixed_precision: no is ignored, train.precision decides: {precision}"
+        ]
+    else:
+        with pytest.raises(UserError, match=rf"is {precision} but .*_precision {launched}: make .*_precision {own} or"):
+            check_precision(precision, {"ACCELERATE_MIXED_PRECISION": launched}, words)
+
+
+def test_the_launchers_words_on_precision_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(world, "launcher_command", lambda: [*LAUNCH, "--mixed_precision", "no", "train.py"])
+    with pytest.raises(UserError, match=r"train\.precision is bf16 but the launcher says --mixed_precision no"):
+        make_world("bf16", device="cpu")
 
 
 class _Process:

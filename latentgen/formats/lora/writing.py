@@ -130,6 +130,9 @@ def _adjusted(modules: Modules, layout: str) -> Modules:
         if any(factors.alpha is not None for factors in everything):
             # Where some alphas are given, diffusers scales the other modules by the commonest of them.
             return {net: {path: _with_alpha(factors) for path, factors in own.items()} for net, own in modules.items()}
+    if layout == "comfyui" and any(not factors.linear for own in modules.values() for factors in own.values()):
+        # comfy/weight_adapter/base.py, weight_decompose, of October 2025.
+        log.warning("ComfyUI divides DoRA by the norm of the untrained weights: there it comes out otherwise than here")
     return modules
 
 

@@ -1,0 +1,161 @@
+"""Fine-tuning from the recipe: what of the model is trained, and what is written down of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffusers import UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTokenizer
+
+from latentgen.core.errors import UserError
+from latentgen.core.files import file_sha256, write_folder
+from latentgen.formats.adapter_folder import write_adapter
+from latentgen.formats.model import Model
+from latentgen.formats.model_folder import quiet_libraries
+from latentgen.models.adapters import AdapterSpec, add_adapters
+from latentgen.models.text import Tower
+from latentgen.models.tokens import LearnedTokens, grow, rows_of, settled
+from latentgen.recipe import build
+from latentgen.recipe.schema import Finetune, Recipe
+from latentgen.tasks.adapting import adapters_of
+
+
+class Training(NamedTuple):
+    """What is trained of `model`: networks by name, and factors on their learning rate."""
+
+    model: Model
+    trains: tuple[str, ...]
+    rates: Mapping[str, float]
+
+
+def prepare(recipe: Recipe, model: Model) -> Training:
+    """The model with adapters in it and room for words, as the recipe asks; all that is not trained is frozen.
+
+    Raises:
+        UserError: the settings do not fit the model.
+    """
+    f = recipe.finetune
+    for network in model.networks().values():
+        network.requires_grad_(False)
+    if f is None:
+        model.unet.requires_grad_(True)
+        return Training(model, ("unet",), {})
+    named = model.networks()
+    texts = tuple(tower.name for tower in model.towers) if f.text_encoders else ()
+    trains = () if f.method == "none" else ("unet", *texts)
+    if f.method == "full":
+        for name in trains:
+            named[name].requires_grad_(True)
+    elif trains:
+        build.seeded(recipe, "adapter")
+        add_adapters({name: named[name] for name in trains}, _spec(f))
+    rate = recipe.train.learning_rate
+    rates = {} if f.text_learning_rate is None else dict.fromkeys(texts, f.text_learning_rate / rate)
+    if f.tokens:
+        words = {word: (token.start, token.vectors) for word, token in f.tokens.items()}
+        model = replace(model, tokens=grow(model.towers, words))
+        trains, rates = (*trains, "tokens"), {**rates, "tokens": f.token_learning_rate / rate}
+    return Training(model, trains, rates)
+
+
+def _spec(f: Finetune) -> AdapterSpec:
+    assert f.method in ("lora", "dora", "lokr", "loha")
+    return AdapterSpec(
+        kind=f.method,
+        rank=f.rank,
+        alpha=f.alpha,
+        dropout=f.dropout,
+        targets=f.targets,
+        rank_pattern=f.rank_pattern,
+        alpha_pattern=f.alpha_pattern,
+    )
+
+
+def runs_text(training: Training) -> bool:
+    """Whether the text encoders run in every step, so that nothing of theirs can be cached."""
+    return any(name.startswith("text_encoder") or name == "tokens" for name in training.trains)
+
+
+def makes_adapter(recipe: Recipe) -> bool:
+    """Whether the result is an adapter folder, not a model folder."""
+    f = recipe.finetune
+    return f is not None and f.control is None and f.method != "full"
+
+
+def write_result(recipe: Recipe, training: Training, averaged: Mapping[str, nn.Module], folder: Path) -> None:
+    """The adapter folder of what was learned."""
+    f = recipe.finetune
+    assert f is not None
+    assert recipe.unet.source is not None
+    write_adapter(
+        folder,
+        recipe.name,
+        training.model,
+        adapters_of(averaged),
+        learned_words(f, training.model, averaged),
+        layouts=f.written(),
+        base=recipe.unet.source,
+        unet_sha256=unet_hash(Path(recipe.unet.source)),
+        metadata={"recipe": recipe.model_dump(mode="json", by_alias=True)},
+    )
+
+
+def write_trained(recipe: Recipe, training: Training, averaged: Mapping[str, nn.Module], folder: Path) -> None:
+    """The stage's result where whole networks were trained: the U-Net, and text encoders in folders below it."""
+    model = training.model.with_networks(averaged)
+    f = recipe.finetune
+    words = {} if f is None else learned_words(f, model, averaged)
+
+    def fill(target: Path) -> None:
+        # Copies, because saving changes what a network says of itself.
+        copy.deepcopy(model.unet).save_pretrained(target)
+        for tower in model.towers:
+            if tower.name in averaged or words:
+                if words:
+                    tower = settled(tower, {word: own[tower.name] for word, own in words.items()})
+                tower.encoder.save_pretrained(target / tower.name)
+                tower.tokenizer.save_pretrained(target / tower.tokenizer_name)
+
+    write_folder(folder, fill)
+
+
+def read_trained(model: Model, folder: Path) -> Model:
+    """`model` with the networks that `write_trained` wrote."""
+    with quiet_libraries():
+        unet = UNet2DConditionModel.from_pretrained(folder)
+        assert isinstance(unet, UNet2DConditionModel)
+        towers = tuple(
+            Tower(
+                tower.name,
+                type(tower.encoder).from_pretrained(folder / tower.name),
+                CLIPTokenizer.from_pretrained(folder / tower.tokenizer_name),
+            )
+            if (folder / tower.name).is_dir()
+            else tower
+            for tower in model.towers
+        )
+    return replace(model, unet=unet, towers=towers, tokens=None)
+
+
+def learned_words(f: Finetune, model: Model, averaged: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+    """Word -> text encoder -> `[v, d]`."""
+    tokens = averaged.get("tokens")
+    if tokens is None:
+        return {}
+    assert isinstance(tokens, LearnedTokens)
+    counts, rows = {word: token.vectors for word, token in f.tokens.items()}, tokens()
+    each = {tower.name: rows_of(counts, rows[tower.name]) for tower in model.towers}
+    return {word: {name: own[word] for name, own in each.items()} for word in f.tokens}
+
+
+def unet_hash(folder: Path) -> str:
+    """SHA-256 of the (first) file of a model folder's U-Net."""
+    files: Sequence[Path] = sorted((folder / "unet").glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: there are no U-Net weights in safetensors; copy the folder again")
+    return file_sha256(files[0])

@@ -1,0 +1,25 @@
+"""Learned tokens that we write, in diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_networks import tiny_pipeline
+
+from latentgen.formats.embeddings import Embedding, add_embedding, expand_prompt, write_embedding
+from latentgen.models.text import encode_text
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_our_tokens_in_diffusers(count: int, tmp_path: Path) -> None:
+    vectors = torch.randn(count, 16, generator=torch.Generator().manual_seed(2))
+    write_embedding(Embedding("<cat>", {"text_encoder": vectors}), tmp_path / "a.safetensors")
+    theirs, ours = tiny_pipeline("sd1"), tiny_pipeline("sd1")
+    theirs.load_textual_inversion(tmp_path, weight_name="a.safetensors")
+    add_embedding(ours.tokenizer, ours.text_encoder, "<cat>", vectors)
+    prompt = "a red <cat> circle"
+    wanted, _ = theirs.encode_prompt(prompt, "cpu", 1, False)
+    made = encode_text(ours.text_encoder, ours.tokenizer, [expand_prompt(ours.tokenizer, prompt)])
+    assert torch.equal(made, wanted)
