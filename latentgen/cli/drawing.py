@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from latentgen import __version__
 from latentgen.core.errors import UserError
 from latentgen.core.files import file_sha256
+from latentgen.formats.control import with_control
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import load_model
 from latentgen.models.autoencoder import factor
@@ -24,11 +25,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Opened:
-    """A loaded model and what to write about it into pictures."""
+    """A loaded model and what to write about it into pictures; of a ControlNet its folder and SHA-256."""
 
     model: Model
     name: str
     sha256: str
+    controlnet: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def default_side(self) -> int:
@@ -36,12 +38,13 @@ class Opened:
         return int(self.model.unet.config["sample_size"]) * factor(self.model.vae)
 
 
-def open_model(folder: Path, device: str | None = None, dtype: str = "fp32") -> Opened:
+def open_model(folder: Path, device: str | None = None, dtype: str = "fp32", controlnet: Path | None = None) -> Opened:
     """Load a model folder.
 
     Args:
         device: None takes a GPU when there is one.
         dtype: "fp32", "bf16" or "fp16".
+        controlnet: folder of a ControlNet to draw with.
 
     Raises:
         UserError: the folder is missing or broken, or device or dtype are unknown or do not go together.
@@ -60,11 +63,15 @@ def open_model(folder: Path, device: str | None = None, dtype: str = "fp32") -> 
             raise UserError(f"--device {device}: not usable here ({reason}); leave it out, or say cpu") from None
     if where.type == "cpu" and dtype == "fp16":
         raise UserError("--dtype fp16: needs a GPU; use bf16 or fp32 on the CPU")
-    model = load_model(folder, where, DTYPES[dtype])
+    model, about = load_model(folder, where, DTYPES[dtype]), {}
+    if controlnet is not None:
+        model = with_control(model, controlnet)
+        own = sorted(controlnet.glob("*.safetensors"))
+        about = {"controlnet": str(controlnet), "controlnet_sha256": file_sha256(own[0])}
     weights = sorted((Path(folder) / "unet").glob("*.safetensors"))
     resolved = Path(folder).resolve()
     name = resolved.parent.name if resolved.name == "model" else resolved.name
-    return Opened(model, name, file_sha256(weights[0]))
+    return Opened(model, name, file_sha256(weights[0]), about)
 
 
 def draw_to_folder(
@@ -94,6 +101,7 @@ def draw_to_folder(
             **dataclasses.asdict(request),
             "model": opened.name,
             "model_sha256": opened.sha256,
+            **opened.controlnet,
             "dtype": str(opened.model.unet.dtype).removeprefix("torch."),
             "latentgen": __version__,
         }

@@ -21,6 +21,11 @@ def to_tensor(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
     return stacked.to(torch.float32) / 127.5 - 1
 
 
+def to_unit(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """Pictures `[h, w, 3]` in 0 .. 255 to `[b, 3, h, w]` float32 in [0, 1]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(torch.float32) / 255
+
+
 def first_captions(source: Source, index: int, limit: int | None) -> tuple[str, ...]:
     """The captions that training may show for one example."""
     return source.captions(index)[:limit]
