@@ -29,6 +29,11 @@ class RunFolder:
         """The finished diffusers model folder: present only when every stage is done."""
         return self.path / "model"
 
+    @property
+    def control(self) -> Path:
+        """The finished ControlNet, where one was trained instead of a model."""
+        return self.path / "control"
+
     def samples(self, stage: str) -> Path:
         """Preview grids of one stage, one PNG a preview step."""
         return self.path / "samples" / stage

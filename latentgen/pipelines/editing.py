@@ -126,8 +126,12 @@ def _encode(model: Model, image: Tensor) -> Tensor:
 
 def _mask(batch: Sequence[Edit]) -> Tensor:
     """`[b, 1, h, w]` in pixels: white is to be drawn anew, black stays."""
-    levels = torch.from_numpy(np.stack([pixels("--mask", edit.mask, edit) for edit in batch])).float().mean(dim=3)
-    return (levels[:, None] >= 127.5).float()
+    return torch.from_numpy(np.stack([hole_of(edit) for edit in batch]))[:, None].float()
+
+
+def hole_of(edit: Edit) -> np.ndarray:
+    """What is to be drawn anew, bool `[h, w]` in pixels, of a request with a mask."""
+    return pixels("--mask", edit.mask, edit).mean(axis=2) >= 127.5
 
 
 def pixels(name: str, path: str | None, size: Sized) -> np.ndarray:

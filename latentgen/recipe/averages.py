@@ -18,12 +18,14 @@ from latentgen.core.errors import UserError
 from latentgen.core.runfolder import RunFolder
 from latentgen.engine.ema_profiles import LONGEST
 from latentgen.engine.ema_snapshots import Rebuilt, rebuild
+from latentgen.formats.control import save_control
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import load_model, quiet_libraries, save_model
 from latentgen.models.autoencoder import AutoencoderForTraining, fold_whitening
 from latentgen.models.clip import Clip, load_clip, to_transformers
 from latentgen.models.text import Tower
 from latentgen.recipe import build
+from latentgen.recipe.conditions import control_kind, starting_model
 from latentgen.recipe.load import load_recipe
 from latentgen.recipe.schema import Recipe
 
@@ -38,7 +40,8 @@ worth a warning."""
 def export_average(
     run: Path, length: float, folder: Path, *, stage: str = "unet", step: int | None = None
 ) -> tuple[Path, Rebuilt]:
-    """Write a model folder whose `stage`'s network has the average of relative `length` after `step` steps.
+    """Write a model folder whose `stage`'s network has the average of relative `length` after `step` steps; of a run
+    that trains a ControlNet, a ControlNet's folder.
 
     The other networks are the run's own. An autoencoder is whitened by the statistics of the run's own, so that the
     U-Net finds the latents where it learned them.
@@ -58,12 +61,18 @@ def export_average(
     files = RunFolder(Path(run))
     if not files.recipe.is_file():
         raise UserError(f"{run}: no run is there (recipe.yaml is missing); give a folder such as runs/NAME")
-    found = rebuild(files.ema(stage), stage, length, step)
-    _warn(found)
     recipe = load_recipe(files.recipe)
+    network = "control" if stage == "unet" and control_kind(recipe) is not None else stage
+    found = rebuild(files.ema(stage), network, length, step)
+    _warn(found)
     model, clip = _model(files, recipe)
     about = {"stage": stage, "length": length, "step": found.step, "residual": found.fit.residual}
     model = dataclasses.replace(model, metadata={**model.metadata, "average": about})
+    if network == "control":
+        assert model.control is not None
+        model.control.load_state_dict(found.tensors)
+        save_control(model.control, folder, model.metadata)
+        return folder, found
     if stage == "unet":
         model.unet.load_state_dict(found.tensors)
     elif stage == "vae":
@@ -119,7 +128,7 @@ def _model(files: RunFolder, recipe: Recipe) -> tuple[Model, Clip | None]:
             there = load_model(Path(recipe.text_encoder.source))
             towers, zero_empty = there.towers, there.zero_empty
     assert not isinstance(vae, dict)
-    model = build.new_model(recipe, vae, towers, zero_empty)
+    model = starting_model(recipe, build.new_model(recipe, vae, towers, zero_empty))
     values = recipe.model_dump(mode="json", by_alias=True)
     values["autoencoder"]["posterior"] = build.posterior(recipe)
     return dataclasses.replace(model, metadata={"recipe": values}), clip

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -75,11 +76,13 @@ def examples(recipe: Recipe) -> Examples:
         )
         return Examples(training, ShapesSource(seed=seed, size=data.holdout, split="train", resolution=data.resolution))
     assert data.path is not None
-    whole = FolderSource(path=data.path, split=data.split, resolution=data.resolution, crop=data.crop)
+    how: dict[str, Any] = {"resolution": data.resolution, "crop": data.crop}
+    how["controls"] = recipe.finetune is not None and recipe.finetune.control == "picture"
+    whole = FolderSource(path=data.path, split=data.split, **how)
     beside, skipped = Path(data.path) / "validation", dict(whole.skipped)
     path = data.validation or (str(beside) if beside.is_dir() else None)
     if path is not None and Path(path).resolve() != whole.folder.resolve():
-        others = FolderSource(path=path, resolution=data.resolution, crop=data.crop)
+        others = FolderSource(path=path, **how)
         return Examples(whole, _some(others, data.holdout), True, skipped)
     kept, chosen = hold_out(whole.digests, data.holdout if path is None else 0)
     if not chosen:

@@ -1,4 +1,5 @@
-"""A recipe from start to end: VAE, CLIP, caches, U-Net, model folder. Each stage resumes, and is skipped when done."""
+"""A recipe from start to end: VAE, CLIP, caches, U-Net or ControlNet, the folder of the result. Each stage resumes, and
+is skipped when done."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -36,6 +37,7 @@ from latentgen.engine.task import Task
 from latentgen.engine.validation import Measure, Validation
 from latentgen.engine.watch import Watch
 from latentgen.engine.world import World, make_world
+from latentgen.formats.control import save_control
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import load_model, quiet_libraries, save_model
 from latentgen.models.autoencoder import Vae
@@ -44,8 +46,9 @@ from latentgen.models.context import AESTHETIC_SCORE, sizes_of
 from latentgen.models.quick import quicken
 from latentgen.models.text import Tower, train_tokenizer
 from latentgen.models.unet import checkpoint_activations
-from latentgen.pipelines.generate import check
+from latentgen.pipelines.generate import Request, check
 from latentgen.recipe import build
+from latentgen.recipe.conditions import conditioned, control_kind, previews, starting_model, write_inputs
 from latentgen.recipe.load import dump_recipe, load_recipe
 from latentgen.recipe.plan import Plan, make_plan
 from latentgen.recipe.reporting import Reporter, note_start
@@ -94,15 +97,15 @@ class Run:
         self._refuse_another_recipe()
 
     def train(self) -> Path:
-        """Do every stage that is not done; return the model folder.
+        """Do every stage that is not done; return the folder of the result: the model, or the ControlNet.
 
         Raises:
             Interrupted: a signal asked to stop; what was trained is saved.
             Lost: another process is gone.
         """
-        if (self.folder.model / "model_index.json").is_file():
-            logger.info("%s is finished; choose another name= to train anew", self.folder.model)
-            return self.folder.model
+        if self.result.is_dir():
+            logger.info("%s is finished; choose another name= to train anew", self.result)
+            return self.result
         build.check(self.recipe, self.accelerator.num_processes)
         plan = make_plan(self.recipe, len(self.source))
         lock = held(self.folder.path, f"the run {self.folder.path}", self.accelerator)
@@ -117,17 +120,23 @@ class Run:
     def _train(self, plan: Plan) -> Path:
         vae = self._vae()
         towers, zero_empty, clip = self._towers()
-        model = build.new_model(self.recipe, vae, towers, zero_empty)
-        unet = self._unet(model)
+        model = starting_model(self.recipe, build.new_model(self.recipe, vae, towers, zero_empty))
+        model = dataclasses.replace(self._unet(model), metadata=self._metadata(plan.flops))
         self.watch.mark("writing the model")
         if self.accelerator.is_main_process:
-            save_model(
-                dataclasses.replace(model, unet=unet, metadata=self._metadata(plan.flops)), self.folder.model, clip=clip
-            )
+            if model.control is None:
+                save_model(model, self.result, clip=clip)
+            else:
+                save_control(model.control, self.result, model.metadata)
             self.report()
         self.accelerator.wait_for_everyone()
-        logger.info("the model is in %s", self.folder.model)
-        return self.folder.model
+        logger.info("the %s is in %s", "model" if model.control is None else "ControlNet", self.result)
+        return self.result
+
+    @property
+    def result(self) -> Path:
+        """The folder that is there when all is done."""
+        return self.folder.model if control_kind(self.recipe) is None else self.folder.control
 
     def _refuse_another_recipe(self) -> None:
         if self.folder.recipe.is_file():
@@ -280,18 +289,21 @@ class Run:
             tokenizer = CLIPTokenizer.from_pretrained(result / "tokenizer")
         return (Tower("text_encoder", self._frozen(text_encoder), tokenizer),), False, load_clip(result / "clip")
 
-    def _unet(self, model: Model) -> UNet2DConditionModel:
+    def _unet(self, model: Model) -> Model:
+        """The model with what its U-Net's stage trains: the U-Net, or a ControlNet beside it."""
         result, recipe = self.folder.result("unet"), self.recipe
+        name = "unet" if model.control is None else "control"
         if not result.is_dir():
-            previews = build.previews(recipe)
-            for request in previews:
-                check(request, model)
+            previews = self._previews(model)
+            if name == "control":
+                self._frozen(model.unet)
             fetch = self._cached(model, self.source)
             task = DiffusionTask(
                 model,
                 build.objective(recipe, model),
                 previews,
                 columns=recipe.preview.num,
+                trains=(name,),
                 kernel=recipe.unet.attention_kernel,
                 dtype=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
             )
@@ -300,15 +312,26 @@ class Run:
                 return fetch if source is self.source else self._cached(model, source)
 
             measured = self._validation("unet", task.measure, fetched, parts=LEVELS)
-            if self.on_cpu and task.dtype == torch.float32:
-                quicken(model.unet)
-            if recipe.unet.gradient_checkpointing:
-                checkpoint_activations(model.unet, task.kernel, dtype=task.dtype)
-            self._stage(task, fetch, lambda averaged: _finish_unet(averaged["unet"], result), measured)
+            for network in (model.unet, model.control):
+                if network is not None and self.on_cpu and task.dtype == torch.float32:
+                    quicken(network)
+                if network is not None and recipe.unet.gradient_checkpointing:
+                    checkpoint_activations(network, task.kernel, dtype=task.dtype)
+            self._stage(task, fetch, lambda averaged: _finish_unet(averaged[name], result), measured)
         with quiet_libraries():
-            unet = UNet2DConditionModel.from_pretrained(result)
-        assert isinstance(unet, UNet2DConditionModel)
-        return unet
+            trained = (UNet2DConditionModel if name == "unet" else ControlNetModel).from_pretrained(result)
+        assert isinstance(trained, nn.Module)
+        return model.with_networks({name: trained})
+
+    def _previews(self, model: Model) -> list[Request]:
+        folder, held_out = self.folder.samples("unet"), self.examples.held_out
+        if self.accelerator.is_main_process:
+            write_inputs(self.recipe, model, held_out, folder)
+        self.accelerator.wait_for_everyone()
+        requests = previews(self.recipe, model, held_out, folder)
+        for request in requests:
+            check(request, model)
+        return requests
 
     def _cached(self, model: Model, source: Source) -> CachedBatches:
         share = Share(self.accelerator.process_index, self.accelerator.num_processes, self.watch.move)
@@ -324,14 +347,15 @@ class Run:
             whole = (data.resolution, data.resolution)
             row = sizes_of(model.sizes, whole, (0, 0), whole, AESTHETIC_SCORE)
             values["sizes"] = np.tile(np.array(row, dtype=np.float32), (len(source), 1))
-        return CachedBatches(moments, texts.parts(), texts.rows, self.recipe.diffusion.caption_dropout, values)
+        batches = CachedBatches(moments, texts.parts(), texts.rows, self.recipe.diffusion.caption_dropout, values)
+        return conditioned(self.recipe, model, source, batches)
 
     def _frozen(self, network: Any) -> Any:
         return network.eval().requires_grad_(False).to(self.accelerator.device)
 
 
 def _finish_unet(averaged: nn.Module, folder: Path) -> None:
-    assert isinstance(averaged, UNet2DConditionModel)
+    assert isinstance(averaged, UNet2DConditionModel | ControlNetModel)
     write_folder(folder, lambda aside: copy.deepcopy(averaged).save_pretrained(aside))
 
 
@@ -362,7 +386,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def train_recipe(recipe: Recipe, root: Path, device: str | None = None) -> Path:
-    """Train a recipe, or go on with it; returns the model folder. See `Run` for what it raises."""
+    """Train a recipe, or go on with it; returns the folder of the result. See `Run` for what it raises."""
     torch.set_flush_denormal(True)  # denormal weights and moments are many times slower on the CPU, and mean nothing
     run = Run(recipe, root, device)
     model = run.train()
