@@ -490,15 +490,11 @@ def test_a_listed_picture_is_one_of_its_own(tmp_path):
 def test_every_picture_needs_a_second_one(tmp_path):
     for name in ("a cat.png", "a dog.png", "a cow.png", "a cat.control.png"):
         draw(tmp_path / name)
-    with pytest.raises(
-        UserError, match=r"2 of 3 pictures have none to follow, the first is a cow.png; put a cow"
-    ):
+    with pytest.raises(UserError, match=r"2 of 3 pictures have none to follow, the first is a cow.png; put a cow"):
         opened(tmp_path, controls=True)
     for name in ("a dog.control.png", "a cow.control.png"):
         (tmp_path / name).write_bytes(b"no picture")
-    with pytest.raises(
-        UserError, match=r"a cow.control.png: not a picture.*; replace this picture"
-    ):
+    with pytest.raises(UserError, match=r"a cow.control.png: not a picture.*; replace this picture"):
         opened(tmp_path, controls=True)
 
 
