@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,11 +29,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Opened:
-    """A model and what to write about it into pictures: its name, and the SHA-256 of its U-Net's file."""
+    """A model and what to write about it into pictures: its name, and the SHA-256 of its U-Net's file; of a ControlNet
+    its folder and SHA-256."""
 
     model: Model
     name: str
     sha256: str
+    controlnet: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_model(

@@ -18,6 +18,7 @@ from latentgen.core.errors import UserError
 from latentgen.core.runfolder import RunFolder
 from latentgen.engine.ema_profiles import LONGEST
 from latentgen.engine.ema_snapshots import Rebuilt, rebuild
+from latentgen.formats.control import save_control
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import load_model, quiet_libraries, save_model
 from latentgen.models.autoencoder import AutoencoderForTraining, fold_whitening
@@ -39,7 +40,8 @@ worth a warning."""
 def export_average(
     run: Path, length: float, folder: Path, *, stage: str = "unet", step: int | None = None
 ) -> tuple[Path, Rebuilt]:
-    """Write a model folder whose `stage`'s network has the average of relative `length` after `step` steps.
+    """Write a model folder whose `stage`'s network has the average of relative `length` after `step` steps; of a run
+    that trains a ControlNet, a ControlNet's folder.
 
     Of a run that fine-tunes, what it trains is averaged; where its result is an adapter folder, so is this.
 
@@ -62,7 +64,7 @@ def export_average(
     if not files.recipe.is_file():
         raise UserError(f"{run}: no run is there (recipe.yaml is missing); give a folder such as runs/NAME")
     recipe = load_recipe(files.recipe)
-    network = "tokens" if stage == "unet" and recipe.finetune and recipe.finetune.method == "none" else stage
+    network = _named(recipe) if stage == "unet" else stage
     found = rebuild(files.ema(stage), network, length, step)
     _warn(found)
     model, clip = _model(files, recipe)
@@ -77,6 +79,9 @@ def export_average(
             write_result(recipe, training, trained, folder, about)
             return folder, found
         model = finished(recipe, training, trained)
+        if model.control is not None:
+            save_control(model.control, folder, model.metadata)
+            return folder, found
     elif stage == "vae":
         model = dataclasses.replace(model, vae=_whitened(files, recipe, found.tensors))
     else:
@@ -88,6 +93,13 @@ def export_average(
         model = dataclasses.replace(model, towers=(tower,))
     save_model(model, folder, clip=clip)
     return folder, found
+
+
+def _named(recipe: Recipe) -> str:
+    """The network of the U-Net's stage whose average is reported on."""
+    if recipe.finetune is None or recipe.finetune.method != "none":
+        return "unet"
+    return "tokens" if recipe.finetune.control is None else "control"
 
 
 def _fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:

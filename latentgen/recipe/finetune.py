@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from numpy.typing import NDArray
 from torch import nn
 from transformers import CLIPTokenizer
@@ -22,6 +22,7 @@ from latentgen.models.adapters import AdapterSpec, add_adapters
 from latentgen.models.text import Tower
 from latentgen.models.tokens import LearnedTokens, grow, rows_of, settled
 from latentgen.recipe import build
+from latentgen.recipe.conditions import control_kind, starting_model
 from latentgen.recipe.schema import Finetune, Recipe
 from latentgen.tasks.adapting import adapters_of
 
@@ -40,12 +41,15 @@ def prepare(recipe: Recipe, model: Model) -> Training:
     Raises:
         UserError: the settings do not fit the model.
     """
-    f = recipe.finetune
+    f, model = recipe.finetune, starting_model(recipe, model)
     for network in model.networks().values():
         network.requires_grad_(False)
     if f is None:
         model.unet.requires_grad_(True)
         return Training(model, ("unet",), {})
+    if model.control is not None:
+        model.control.requires_grad_(True)
+        return Training(model, ("control",), {})
     named = model.networks()
     texts = tuple(tower.name for tower in model.towers) if f.text_encoders else ()
     trains = () if f.method == "none" else ("unet", *texts)
@@ -142,12 +146,14 @@ def finished(recipe: Recipe, training: Training, averaged: Mapping[str, nn.Modul
 
 
 def write_trained(recipe: Recipe, training: Training, averaged: Mapping[str, nn.Module], folder: Path) -> None:
-    """The stage's result where whole networks were trained: the U-Net, and text encoders in folders below it."""
+    """The stage's result where whole networks were trained: the U-Net, and text encoders in folders below it; or the
+    ControlNet."""
     model = finished(recipe, training, averaged)
+    network = model.unet if model.control is None else model.control
 
     def fill(target: Path) -> None:
         # Copies, because saving changes what a network says of itself.
-        copy.deepcopy(model.unet).save_pretrained(target)
+        copy.deepcopy(network).save_pretrained(target)
         for tower in model.towers:
             if tower.name in averaged or "tokens" in averaged:
                 copy.deepcopy(tower.encoder).save_pretrained(target / tower.name)
@@ -156,9 +162,13 @@ def write_trained(recipe: Recipe, training: Training, averaged: Mapping[str, nn.
     write_folder(folder, fill)
 
 
-def read_trained(model: Model, folder: Path) -> Model:
+def read_trained(recipe: Recipe, model: Model, folder: Path) -> Model:
     """`model` with the networks that `write_trained` wrote."""
     with quiet_libraries():
+        if control_kind(recipe) is not None:
+            control = ControlNetModel.from_pretrained(folder)
+            assert isinstance(control, ControlNetModel)
+            return replace(model, control=control)
         unet = UNet2DConditionModel.from_pretrained(folder)
         assert isinstance(unet, UNet2DConditionModel)
         towers = tuple(

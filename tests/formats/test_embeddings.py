@@ -11,15 +11,9 @@ from tiny_networks import tiny_text
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentgen.core.errors import UserError
-from latentgen.formats.embeddings import (
-    Embedding,
-    add_embedding,
-    expand_prompt,
-    learned_vectors,
-    read_embedding,
-    write_embedding,
-)
+from latentgen.formats.embeddings import Embedding, read_embedding, write_embedding
 from latentgen.models.text import tokenize, train_tokenizer
+from latentgen.models.words import add_embedding, expand_prompt, learned_vectors
 
 
 def make(kind: type = CLIPTextModel) -> tuple[Any, Any]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny_networks import tiny_pipeline
 
-from latentgen.formats.embeddings import Embedding, add_embedding, expand_prompt, write_embedding
+from latentgen.formats.embeddings import Embedding, write_embedding
 from latentgen.models.text import encode_text
+from latentgen.models.words import add_embedding, expand_prompt
 
 
 @pytest.mark.parametrize("count", [1, 3])
