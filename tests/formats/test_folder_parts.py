@@ -40,7 +40,7 @@ def test_what_is_written_loads_as_a_model_with_the_same_tensors(saved: Path, tmp
     write_folder_from(parts_of_folder(saved), tmp_path / "again")
     first, second = load_model(saved), load_model(tmp_path / "again")
     for part in ("unet", "vae", "text_encoder"):
-        one, other = getattr(first, part).state_dict(), getattr(second, part).state_dict()
+        one, other = first.networks()[part].state_dict(), second.networks()[part].state_dict()
         assert all(torch.equal(value, other[key]) for key, value in one.items())
     assert (first.prediction, first.schedule) == (second.prediction, second.schedule)
 

@@ -44,7 +44,7 @@ def test_every_network_gives_what_torch_gives(exported: Path, saved: Path) -> No
     torch.manual_seed(0)
     ids = torch.randint(0, 500, (3, 10))
     states = run(exported, "text_encoder", input_ids=ids)
-    expected = model.text_encoder(input_ids=ids, output_hidden_states=True)
+    expected = model.towers[0].encoder(input_ids=ids, output_hidden_states=True)
     close(states[0], expected.last_hidden_state)
     close(states[1], expected.pooler_output)
     assert len(states) == 2 + len(expected.hidden_states)

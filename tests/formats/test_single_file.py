@@ -137,9 +137,9 @@ def test_a_model_of_our_own_comes_back_with_its_words_and_its_history(tiny_model
     write_folder_from(read_single_file(tmp_path / "mine.safetensors"), tmp_path / "again")
     ours, again = load_model(tmp_path / "model"), load_model(tmp_path / "again")
     assert (again.prediction, again.schedule, again.metadata) == (ours.prediction, ours.schedule, ours.metadata)
-    assert again.tokenizer.get_vocab() == ours.tokenizer.get_vocab()
+    assert again.towers[0].tokenizer.get_vocab() == ours.towers[0].tokenizer.get_vocab()
     for part in ("unet", "vae", "text_encoder"):
-        one, other = getattr(ours, part).state_dict(), getattr(again, part).state_dict()
+        one, other = ours.networks()[part].state_dict(), again.networks()[part].state_dict()
         assert one.keys() == other.keys()
         assert all(torch.equal(value, other[key]) for key, value in one.items())
     assert "vocabulary is not CLIP's" in caplog.text
