@@ -39,6 +39,9 @@ from latentgen.tasks.adapting import drawn
 LEVELS = 4
 """Parts of the noise levels whose errors are logged apart; each holds as many training examples."""
 
+HOLE = np.array([255, 0, 160], dtype=np.uint8)
+"""Colour of what is to be drawn anew, in previews."""
+
 LEARNED_SCALE = 0.01
 """Of the gradient that teaches where losses are large: nothing to Adam, and the network is not clipped for it."""
 
@@ -287,12 +290,12 @@ class DiffusionTask:
 
 
 def _given(request: Request) -> list[Image.Image]:
-    """The pictures that a request begins from: its image, grey where it is to be drawn anew, and what it follows."""
+    """The pictures that a request begins from: its image, coloured where it is drawn anew, and what it follows."""
     found = []
     if request.image is not None:
         picture = pixels("--image", request.image, request)
         if request.mask is not None:
-            picture = np.where(hole_of(request)[..., None], np.uint8(127), picture)
+            picture = np.where(hole_of(request)[..., None], HOLE, picture)
         found.append(Image.fromarray(picture))
     if request.control is not None:
         found.append(Image.fromarray(shown_to_it(request)))
