@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import debug_launcher
+from spawned import in_two_processes
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
@@ -107,7 +107,7 @@ def _gradients_of_two_processes(folder: str, vision: str) -> None:
 
 @every_tower
 def test_two_processes_give_the_gradients_of_one(vision: str, tmp_path: Path) -> None:
-    debug_launcher(_gradients_of_two_processes, args=(str(tmp_path), vision), num_processes=2)
+    in_two_processes(_gradients_of_two_processes, str(tmp_path), vision)
     model = ClipForTraining(towers(vision))
     loss = with_false_captions(model, *batch(vision))
     loss.backward()

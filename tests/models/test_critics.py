@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import debug_launcher
 from safetensors.torch import save_file
+from spawned import in_two_processes
 from torch import distributed
 
 from latentgen.core.errors import UserError
@@ -78,7 +78,7 @@ def _weight_of_two_processes(folder: str) -> None:
 
 
 def test_adaptive_weight_is_that_of_the_whole_batch(tmp_path: Path) -> None:
-    debug_launcher(_weight_of_two_processes, args=(str(tmp_path),), num_processes=2)
+    in_two_processes(_weight_of_two_processes, str(tmp_path))
     rows, layer = torch.arange(8.0).view(4, 2), torch.nn.Parameter(torch.ones(2))
     expected = adaptive_weight((rows @ layer).square().mean(), (rows @ layer).sin().mean(), layer)
     for rank in range(2):

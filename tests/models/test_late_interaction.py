@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import debug_launcher
+from spawned import in_two_processes
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -101,7 +101,7 @@ def _two(folder: str) -> None:
 
 
 def test_two_processes_give_the_loss_and_the_gradients_of_one(tmp_path: Path) -> None:
-    debug_launcher(_two, args=(str(tmp_path),), num_processes=2)
+    in_two_processes(_two, str(tmp_path))
     model = Whole()
     loss = model(slice(None))
     loss.backward()

@@ -137,7 +137,7 @@ def test_what_the_weights_do_not_depend_on_may_change_between_commands(programs,
 
 def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(programs, mini, trained, weights, tmp_path):
     command = ("train", "--config", mini(tmp_path))
-    assert programs(*command, cwd=tmp_path, kill=["latentgen.recipe.run:_finish_unet", 1, KILL]).code == -KILL
+    assert programs(*command, cwd=tmp_path, kill=["latentgen.recipe.run:write_trained", 1, KILL]).code == -KILL
     newest = tmp_path / "runs/mini/checkpoints/unet/00000006/weights-unet.safetensors"
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
