@@ -26,6 +26,7 @@ from latentgen.models.text import encode_tokens, prompt_length
 from latentgen.models.unet import count_parameters
 from latentgen.recipe import build
 from latentgen.recipe.load import dump_recipe
+from latentgen.recipe.memory import plan_memory
 from latentgen.recipe.prior import class_folder
 from latentgen.recipe.schema import Recipe
 
@@ -262,4 +263,4 @@ def describe(recipe: Recipe) -> str:
         UserError: a mistake that can be found without training.
     """
     build.check(recipe, processes=1)
-    return f"{dump_recipe(recipe)}\n{make_plan(recipe).table()}"
+    return f"{dump_recipe(recipe)}\n{make_plan(recipe).table()}\n\n{plan_memory(recipe)}"
