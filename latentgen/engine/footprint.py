@@ -7,8 +7,9 @@ What kernels use inside, and what the allocator cannot use again, is not seen.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import TracebackType
 from typing import Any
 
@@ -37,12 +38,12 @@ class Allocated(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((args, kwargs)):
-            self._known.setdefault(tensor.untyped_storage(), True)  # it was there before, or is counted
+            self._known.setdefault(tensor.untyped_storage(), None)  # it was there before, or is counted
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
             if storage not in self._known:
-                self._known[storage] = True
+                self._known[storage] = len(self.history)
                 self.alive += storage.nbytes()
                 self.history.append(self.alive)
                 weakref.finalize(storage, self._free, storage.nbytes())
@@ -50,6 +51,14 @@ class Allocated(TorchDispatchMode):
 
     def _free(self, count: int) -> None:
         self.alive -= count
+
+    def beside(self, tensors: Iterable[Tensor]) -> list[int]:
+        """`history` less these, each from the moment on at which it was there and the next came: as if it had been
+        added at once to one that was there before."""
+        sizes = [0] * (len(self.history) + 1)
+        for storage in {id(s): s for s in (tensor.untyped_storage() for tensor in tensors)}.values():
+            sizes[self._known[storage] + 1] += storage.nbytes()
+        return [alive - gone for alive, gone in zip(self.history, accumulate(sizes), strict=False)]
 
     @property
     def peak(self) -> int:
@@ -75,12 +84,11 @@ class Growth:
         return max((fixed + examples * each for fixed, each in self.lines), default=0)
 
 
-def growth(run: Callable[[int], Allocated]) -> Growth:
-    """What `run` counts for a number of examples, from two such runs.
+def growth(few: Sequence[int], more: Sequence[int]) -> Growth:
+    """From the histories of two runs with as many examples as `PROBES` says.
 
-    Both do the same things in the same order: at each time what is there is linear in the number of examples.
+    Both did the same things in the same order: at each time what is there is linear in the number of examples.
     """
-    few, more = (run(examples).history for examples in PROBES)
     assert len(few) == len(more), "another number of examples is computed in another way"
     step = PROBES[1] - PROBES[0]
     slopes = [(b - a) // step for a, b in zip(few, more, strict=True)]

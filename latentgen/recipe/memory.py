@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from latentgen.engine.ema import Ema
-from latentgen.engine.footprint import Allocated, Growth, LikeCuda, autocast, growth, storage_bytes
+from latentgen.engine.footprint import PROBES, Allocated, Growth, LikeCuda, autocast, growth, storage_bytes
 from latentgen.engine.guard import parts_of
 from latentgen.engine.muon import matrices_of
 from latentgen.formats.model import Model
@@ -104,14 +104,12 @@ class Setting:
         resolution: of the pictures.
         train: the settings of the loop.
         preview: how previews are drawn.
-        checkpointing: whether the U-Net's activations are computed again.
         processes: how many train together.
     """
 
     resolution: int
     train: Train = field(default_factory=Train)
     preview: Preview = field(default_factory=Preview)
-    checkpointing: bool = False
     processes: int = 1
 
     @property
@@ -131,8 +129,7 @@ def plan_memory(recipe: Recipe) -> str:
     share = max(1, train.global_batch // processes)
     micro_batch = share if train.micro_batch in (None, "auto") else min(share, int(train.micro_batch))
     setting = Setting(recipe.data.resolution, train, recipe.preview, processes=processes)
-    both = (memory_of(training, replace(setting, checkpointing=again)) for again in (False, True))
-    return memory_table(*both, micro_batch, share // micro_batch)
+    return memory_table(*memory_of(training, setting), micro_batch, share // micro_batch)
 
 
 def training_on_meta(recipe: Recipe) -> Training:
@@ -165,8 +162,8 @@ def _new_tower(recipe: Recipe) -> Tower:
     return Tower("text_encoder", to_transformers(clip, bos_token_id=0, pad_token_id=1), tokenizer)
 
 
-def memory_of(training: Training, setting: Setting) -> Memory:
-    """Count what training takes.
+def memory_of(training: Training, setting: Setting) -> tuple[Memory, Memory]:
+    """Count what training takes, without and with gradient checkpointing of the U-Net.
 
     Args:
         training: on the meta device; its networks are left as they were, but for gradients and the way of
@@ -178,17 +175,20 @@ def memory_of(training: Training, setting: Setting) -> Memory:
     changing = [p for network in trained for p in network.parameters() if p.requires_grad]
     gradients = storage_bytes(changing)
     kept = 1 + len(train.ema_lengths) if train.ema_device is None else 0
-    return Memory(
+    whole = Memory(
         weights=named,
         trained=gradients,
         optimizer=optimizer_bytes(train.optimizer, trained),
         averages=kept * sum(_average(network) for network in trained),
         buckets=gradients if setting.processes > 1 else 0,
-        alone=growth(partial(_step, training, setting, further=False)),
-        further=growth(partial(_step, training, setting, further=True)),
+        alone=Growth(()),
+        further=Growth(()),
         update=max((storage_bytes(changing[part]) for part in parts_of(changing)), default=0) if kept else 0,
         drawing=_drawing(training, setting),
     )
+    steps = (_growths(training, setting, checkpointing=again) for again in (False, True))
+    plain, again = (replace(whole, alone=alone, further=further) for alone, further in steps)
+    return plain, again
 
 
 def _average(network: nn.Module) -> int:
@@ -213,23 +213,28 @@ def optimizer_bytes(kind: str, modules: list[nn.Module]) -> int:
     return 8 * sum(p.numel() for p in parameters) - 4 * matrices
 
 
-def _step(training: Training, setting: Setting, examples: int, *, further: bool) -> Allocated:
-    """What comes and goes beside the weights in a micro-batch: a step's first, or the next beside its gradients."""
+def _growths(training: Training, setting: Setting, *, checkpointing: bool) -> tuple[Growth, Growth]:
+    """Of a step's first micro-batch, whose gradients come to be, and of one that adds to them."""
+    runs = [_step(training, setting, examples, checkpointing) for examples in PROBES]
+    (first, further), (first_of_more, further_of_more) = runs
+    return growth(first, first_of_more), growth(further, further_of_more)
+
+
+def _step(training: Training, setting: Setting, examples: int, checkpointing: bool) -> tuple[list[int], list[int]]:
+    """What is there beside the weights, from moment to moment: with new gradients, and without them."""
     model = training.model
     networks = model.networks()
     for name, network in networks.items():
         network.train(name in training.trains)
-    if setting.checkpointing:
+    if checkpointing:
         low = setting.dtype if "unet" in training.trains else None
         again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), LikeCuda(low)))
         model.unet.enable_gradient_checkpointing(again)
-    if further:
-        for parameter in (p for network in networks.values() for p in network.parameters() if p.requires_grad):
-            parameter.grad = torch.empty_like(parameter)
     try:
         with LikeCuda(), Allocated() as seen:
             torch.autograd.backward(_loss(training, setting, examples))
-        return seen
+        gradients = [p.grad for network in networks.values() for p in network.parameters()]
+        return seen.history, seen.beside(grad for grad in gradients if grad is not None)
     finally:
         model.unet.disable_gradient_checkpointing()
         for network in networks.values():
