@@ -56,6 +56,9 @@ class FewPictures:
     def captions(self, index: int) -> tuple[str, ...]:
         return tuple(f"picture {index} {word}" for word in ("one", "two", "three")[: 1 + index % 3])
 
+    def control(self, index: int) -> NDArray[np.uint8]:
+        return 255 - self.image(index)
+
     def contrasts(self, index: int, caption: str) -> tuple[tuple[str, ...], ...]:
         assert caption in self.captions(index)
         return tuple(f"picture {index + more} {caption.split()[2]}" for more in (1, 2, 3)), (f"no {caption}",)

@@ -12,6 +12,8 @@ import torch
 from latentgen import __version__
 from latentgen.cli.lora import weighted
 from latentgen.core.errors import UserError
+from latentgen.core.files import file_sha256
+from latentgen.formats.control import with_control
 from latentgen.formats.model import Model
 from latentgen.formats.opening import Opened, open_model
 from latentgen.models.autoencoder import factor
@@ -27,7 +29,13 @@ def default_side(model: Model) -> int:
 
 
 def open_here(
-    folder: Path, device: str | None = None, dtype: str = "fp32", loras: Sequence[str] = (), words: Sequence[Path] = ()
+    folder: Path,
+    device: str | None = None,
+    dtype: str = "fp32",
+    *,
+    loras: Sequence[str] = (),
+    words: Sequence[Path] = (),
+    controlnet: Path | None = None,
 ) -> Opened:
     """Open a model where and as the command line says.
 
@@ -36,6 +44,7 @@ def open_here(
         dtype: "fp32", "bf16" or "fp16".
         loras: FILE or FILE:WEIGHT each.
         words: files of learned words.
+        controlnet: folder of a ControlNet to draw with.
 
     Raises:
         UserError: the folder is missing or broken, or device or dtype are unknown or do not go together.
@@ -54,7 +63,13 @@ def open_here(
             raise UserError(f"--device {device}: not usable here ({reason}); leave it out, or say cpu") from None
     if where.type == "cpu" and dtype == "fp16":
         raise UserError("--dtype fp16: needs a GPU; use bf16 or fp32 on the CPU")
-    return open_model(folder, where, DTYPES[dtype], loras=[weighted(lora) for lora in loras], embeddings=words)
+    opened = open_model(folder, where, DTYPES[dtype], loras=[weighted(lora) for lora in loras], embeddings=words)
+    if controlnet is None:
+        return opened
+    model = with_control(opened.model, controlnet)
+    sha256 = file_sha256(min(controlnet.glob("*.safetensors")))
+    about = {"controlnet": str(controlnet), "controlnet_sha256": sha256}
+    return dataclasses.replace(opened, model=model, controlnet=about)
 
 
 def draw_to_folder(
@@ -84,6 +99,7 @@ def draw_to_folder(
             **dataclasses.asdict(request),
             "model": opened.name,
             "model_sha256": opened.sha256,
+            **opened.controlnet,
             "dtype": str(opened.model.unet.dtype).removeprefix("torch."),
             "latentgen": __version__,
         }

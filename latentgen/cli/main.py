@@ -7,7 +7,10 @@ import typer
 from latentgen.cli import evaluate, lora, recipe
 from latentgen.cli.ema import ema
 from latentgen.cli.errors import run_app
+from latentgen.cli.exporting import export_model
 from latentgen.cli.fit_schedule import fit_schedule
+from latentgen.cli.importing import import_model
+from latentgen.cli.info import info
 from latentgen.cli.report import report
 from latentgen.cli.sample import sample
 from latentgen.cli.train import train
@@ -24,6 +27,9 @@ app.command()(sample)
 app.command()(report)
 app.command()(fit_schedule)
 app.command()(ema)
+app.command("import")(import_model)
+app.command("export")(export_model)
+app.command()(info)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(lora.app, name="lora")

@@ -89,6 +89,14 @@ def sample(
     strength: Annotated[
         float | None, typer.Option(help="Of the change to --image, 0 to 1; default: 0.8, with a mask 1.")
     ] = None,
+    controlnet: Annotated[Path | None, typer.Option(help="Folder of a ControlNet, such as runs/NAME/control.")] = None,
+    control: Annotated[Path | None, typer.Option(help="The picture that the ControlNet is shown.")] = None,
+    control_edges: Annotated[
+        bool, typer.Option("--control-edges", help="Show it the edges found in --control, not --control itself.")
+    ] = False,
+    control_scale: Annotated[float, typer.Option(help="How closely --control is followed; 0: not at all.")] = 1.0,
+    control_start: Annotated[float, typer.Option(help="Share of the steps before --control counts.")] = 0.0,
+    control_end: Annotated[float, typer.Option(help="Share of the steps after which it counts no more.")] = 1.0,
     height: Annotated[int | None, typer.Option(help="Pixels; default: what the model was trained on.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: what the model was trained on.")] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures drawn together.")] = 8,
@@ -108,7 +116,7 @@ def sample(
     folder = model or find_model(runs)
     from latentgen.cli.drawing import default_side, draw_to_folder, open_here
 
-    opened = open_here(folder, device, dtype, lora or [], embedding or [])
+    opened = open_here(folder, device, dtype, loras=lora or [], words=embedding or [], controlnet=controlnet)
     from latentgen.pipelines.generate import Request, check, remark, steps_of
 
     side = default_side(opened.model)
@@ -127,6 +135,11 @@ def sample(
             image=None if image is None else str(image),
             mask=None if mask is None else str(mask),
             strength=strength,
+            control=None if control is None else str(control),
+            control_scale=control_scale,
+            control_start=control_start,
+            control_end=control_end,
+            control_edges=control_edges,
         )
         for prompt in wanted
         for number in range(num)

@@ -98,12 +98,18 @@ def read_file(path: Path) -> Tensor:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file atomically: a reader sees the old content or the new, never a part."""
+    write_blocks(path, [content])
+
+
+def write_blocks(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
+    """`write_bytes` of a file too large to hold twice; return the SHA-256 of what was written, as hexadecimal."""
     path = Path(path)
     make_folder(path.parent)
     aside = path.with_name(f"{path.name}.{os.getpid()}{ASIDE}")
-    write_file(aside, [content])
+    digest = write_file(aside, blocks)
     aside.replace(path)
     fsync_folder(path.parent)
+    return digest
 
 
 def clear_leftovers(folder: Path) -> None:

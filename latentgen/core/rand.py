@@ -55,9 +55,9 @@ class Draw:
         """Standard normal noise `[rows, *shape]`, float32."""
         return self._mine(torch.randn(self.global_batch, *shape, generator=self._generator(name)))
 
-    def uniform(self, name: str) -> Tensor:
-        """Uniform numbers in [0, 1), `[rows]`, float32."""
-        return self._mine(torch.rand(self.global_batch, generator=self._generator(name)))
+    def uniform(self, name: str, shape: Sequence[int] = ()) -> Tensor:
+        """Uniform numbers in [0, 1), `[rows, *shape]`, float32."""
+        return self._mine(torch.rand(self.global_batch, *shape, generator=self._generator(name)))
 
     def permutation(self, name: str) -> Tensor:
         """This holder's part, `[rows]` int64, of one random permutation of 0 .. global_batch - 1."""

@@ -37,6 +37,11 @@ class RunFolder:
         """What fine-tuning learned beside the model it started from: small matrices, words."""
         return self.path / "adapter"
 
+    @property
+    def control(self) -> Path:
+        """The finished ControlNet, where one was trained instead of a model."""
+        return self.path / "control"
+
     def samples(self, stage: str) -> Path:
         """Preview grids of one stage, one PNG a preview step."""
         return self.path / "samples" / stage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latentgen.core.rand import Draw
+from latentgen.data.masks import draw_masks
 from latentgen.data.sources.base import Source
 
 
@@ -19,6 +20,11 @@ def to_tensor(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
     """Pictures `[h, w, 3]` in 0 .. 255 to `[b, 3, h, w]` float32 in [-1, 1]."""
     stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     return stacked.to(torch.float32) / 127.5 - 1
+
+
+def to_unit(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """Pictures `[h, w, 3]` in 0 .. 255 to `[b, 3, h, w]` float32 in [0, 1]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(torch.float32) / 255
 
 
 def first_captions(source: Source, index: int, limit: int | None) -> tuple[str, ...]:
@@ -105,6 +111,8 @@ class CachedBatches:
         dropout: share of captions replaced by the empty one.
         values: by name what else there is of the examples, [n, ...], or [variants * n, ...] where mirroring changes it.
         pictures: [h, w, 3] of every example, where pixels are needed as well.
+        masks: also draw what of the pictures is to be drawn anew.
+        controls: example -> [h, w, 3], the picture that a ControlNet is shown beside it.
     """
 
     moments: NDArray[np.float16]
@@ -113,10 +121,13 @@ class CachedBatches:
     dropout: float
     values: Mapping[str, NDArray] = field(default_factory=dict)
     pictures: Source | None = None
+    masks: bool = False
+    controls: Callable[[int], NDArray[np.uint8]] | None = None
 
     def __call__(self, draw: Draw) -> dict[str, Tensor]:
         """`mean` and `std` [b, c, h, w] of raw latents, and [b, ...] all that `texts` and `values` name; `image`
-        [b, 3, h, w] in [-1, 1] where there are `pictures`."""
+        [b, 3, H, W] in [-1, 1] where there are `pictures`, `mask` [b, 1, H, W] of them, 1 where to draw anew; `control`
+        [b, 3, H, W] in [0, 1]."""
         plain = torch.tensor(draw.indices)
         examples = len(self.rows)
         mirrored = torch.zeros(len(plain), dtype=torch.bool)
@@ -137,6 +148,12 @@ class CachedBatches:
             image = to_tensor([self.pictures.image(index) for index in draw.indices])
             image[mirrored] = image[mirrored].flip(-1)
             batch["image"] = image
+            if self.masks:
+                batch["mask"] = draw_masks(draw, *image.shape[2:])
+        if self.controls is not None:
+            control = to_unit([self.controls(index) for index in draw.indices])
+            control[mirrored] = control[mirrored].flip(-1)
+            batch["control"] = control
         return batch
 
 

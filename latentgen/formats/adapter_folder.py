@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def write_adapter(
     networks = {key: network for key, network in model.networks().items() if key not in ("vae", "control", "tokens")}
     names = [name, *(f"{name}-{layout}" for layout in layouts[1:])]
     files = {} if lora is None else {layout: f"{file}.safetensors" for layout, file in zip(layouts, names, strict=True)}
-    spelled = {word: f"{_plain(word) or f'word-{n}'}.safetensors" for n, word in enumerate(words)}
+    spelled = _word_files(words, list(files.values()))
 
     def fill(target: Path) -> None:
         for layout, file in files.items():
@@ -93,8 +94,15 @@ def write_adapter(
     write_folder(folder, fill)
 
 
-def _plain(word: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "", word)
+def _word_files(words: Iterable[str], taken: Collection[str]) -> dict[str, str]:
+    """A file for each word, called as the word is; no two alike and none of `taken`, upper or lower case aside."""
+    used, found = {file.lower() for file in taken}, {}
+    for word in words:
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "", word) or "word"
+        stems = chain((stem, f"{stem}-word"), (f"{stem}-word-{n}" for n in count(2)))
+        found[word] = next(file for file in (f"{s}.safetensors" for s in stems) if file.lower() not in used)
+        used.add(found[word].lower())
+    return found
 
 
 def read_adapter(folder: Path) -> AdapterFolder:

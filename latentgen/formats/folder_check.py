@@ -58,12 +58,12 @@ def check_folder(folder: Path) -> dict[str, Part]:
         if not (folder / tokenizer / "tokenizer.json").is_file():
             for needed in (f"{tokenizer}/vocab.json", f"{tokenizer}/merges.txt"):
                 _require_file(folder, needed)
-    return {part: Part(kind, _check_weights(folder, part, PARTS[part][kind])) for part, kind in kinds.items()}
+    return {part: Part(kind, check_weights(folder, part, PARTS[part][kind])) for part, kind in kinds.items()}
 
 
 def _require_index(folder: Path) -> None:
     if folder.is_file():
-        raise UserError(f"{folder} is a file, not a model folder")
+        raise UserError(f"{folder} is a file, not a model folder; `latentgen import {folder} FOLDER` makes one of it")
     if not folder.is_dir():
         raise UserError(f"there is no model folder at {folder}")
     if (folder / INDEX).is_file():
@@ -80,7 +80,7 @@ def _require_file(folder: Path, name: str) -> None:
         raise UserError(f"{folder} is not complete: {name} is missing; copy the folder again")
 
 
-def _check_weights(folder: Path, part: str, stem: str) -> str | None:
+def check_weights(folder: Path, part: str, stem: str) -> str | None:
     for variant, end in ((None, ""), ("fp16", ".fp16")):
         index = folder / part / f"{stem}.safetensors.index{end}.json"
         if index.is_file():

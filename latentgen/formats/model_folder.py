@@ -156,7 +156,9 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     parts = check_folder(folder)
     prediction, schedule = read_schedule(read_json(folder / SCHEDULER), str(folder / SCHEDULER))
     with quiet_libraries():
-        opened = {name: _load(CLASSES[part.kind], folder / name, part.variant, dtype) for name, part in parts.items()}
+        opened = {
+            name: load_network(CLASSES[part.kind], folder / name, part.variant, dtype) for name, part in parts.items()
+        }
         towers = tuple(
             Tower(name, network.to(device), _tokenizer(folder / name.replace("text_encoder", "tokenizer")))
             for name, network in opened.items()
@@ -182,7 +184,8 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _load(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+def load_network(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+    """A network of class `kind` from its own folder, in evaluation mode; `UserError` where the two do not fit."""
     named = {"dtype" if kind.__module__.startswith("transformers") else "torch_dtype": dtype}
     try:
         network, report = kind.from_pretrained(

@@ -1,10 +1,11 @@
-"""Anything that draws, opened: a model folder, or what fine-tuning learned together with its model."""
+"""Anything that draws, opened: a model folder, a single file, or what fine-tuning learned together with its model."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from latentgen.formats.lora.apply import merge
 from latentgen.formats.lora.file import read_lora
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import load_model
+from latentgen.formats.model_of_parts import model_of
+from latentgen.formats.sources import open_source
 from latentgen.models.quick import quicken
 from latentgen.models.words import add_embedding
 
@@ -26,11 +29,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Opened:
-    """A model and what to write about it into pictures: its name, and the SHA-256 of its U-Net's file."""
+    """A model and what to write about it into pictures: its name, and the SHA-256 of its U-Net's file; of a ControlNet
+    its folder and SHA-256."""
 
     model: Model
     name: str
     sha256: str
+    controlnet: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_model(
@@ -44,7 +49,8 @@ def open_model(
     """Open a model with LoRAs added to its weights and learned words added to its text encoders.
 
     Args:
-        path: a model folder, or an adapter folder of fine-tuning, which names its model.
+        path: a model folder; a single file; "org/name" of the Hugging Face hub; or an adapter folder of fine-tuning,
+            which names its model.
         loras: files of any layout, and how strong each is; 0 leaves the weights bit for bit as they are.
         embeddings: files of learned words.
 
@@ -54,8 +60,12 @@ def open_model(
     path = Path(path)
     adapter = read_adapter(path) if (path / ADAPTER_INDEX).is_file() else None
     folder = path if adapter is None else _base(adapter, path)
-    model = load_model(folder, device, dtype)
-    sha256 = file_sha256(sorted((folder / "unet").glob("*.safetensors"))[0])
+    if folder.is_dir() or not _elsewhere(folder):
+        model = load_model(folder, device, dtype)
+        sha256 = file_sha256(sorted((folder / "unet").glob("*.safetensors"))[0])
+    else:
+        model = model_of(open_source(str(folder)), str(folder), device, dtype)
+        sha256 = file_sha256(folder) if folder.is_file() else weights_hash(model)
     words = [read_embedding(file) for file in embeddings]
     if adapter is not None:
         if sha256 != adapter.unet_sha256:
@@ -70,8 +80,28 @@ def open_model(
     if torch.device(device).type == "cpu" and dtype == torch.float32:
         quicken(model.unet)
     resolved = path.resolve()
-    name = resolved.parent.name if resolved.name in ("model", "adapter") else resolved.name
+    name = (
+        resolved.parent.name
+        if resolved.name in ("model", "adapter")
+        else resolved.stem
+        if path.is_file()
+        else resolved.name
+    )
     return Opened(model, name, sha256)
+
+
+def _elsewhere(source: Path) -> bool:
+    """Whether it is a file, or can be a repository of the hub."""
+    return source.is_file() or (len(source.parts) == 2 and not source.is_absolute() and not source.parent.is_dir())
+
+
+def weights_hash(model: Model) -> str:
+    """SHA-256 of the U-Net's tensors, where there is no one file of them."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.unet.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _add_word(model: Model, word: Embedding) -> None:

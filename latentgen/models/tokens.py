@@ -34,18 +34,19 @@ class GrownEmbedding(nn.Module):
 
     Attributes:
         known: the embedding as it was, `[n, d]`.
-        learned: `[k, d]`, of the ids n to n + k - 1.
+        learned: holds one tensor `[k, d]`, of the ids n to n + k - 1; in a list, because an attribute would become a
+            parameter of the text encoder, which it is not.
     """
 
     def __init__(self, known: nn.Embedding) -> None:
         super().__init__()
         self.known = known
-        self.learned: Tensor | None = None
+        self.learned: list[Tensor] = []
 
     def forward(self, ids: Tensor) -> Tensor:
-        assert self.learned is not None, "learned words are put in before the text encoder is called"
-        count = self.known.num_embeddings
-        new = functional.embedding((ids - count).clamp(min=0), self.learned.to(self.known.weight.dtype))
+        assert self.learned, "learned words are put in before the text encoder is called"
+        count, (learned,) = self.known.num_embeddings, self.learned
+        new = functional.embedding((ids - count).clamp(min=0), learned.to(self.known.weight.dtype))
         return torch.where((ids >= count)[..., None], new, self.known(ids.clamp(max=count - 1)))
 
 
@@ -80,7 +81,7 @@ def put(rows: Mapping[str, Tensor], encoders: Mapping[str, Any]) -> None:
         plain = encoder.module if isinstance(encoder, DistributedDataParallel) else encoder
         embedding = plain.get_input_embeddings()
         assert isinstance(embedding, GrownEmbedding)
-        embedding.learned = own
+        embedding.learned = [own]
 
 
 def rows_of(words: Mapping[str, int], rows: Tensor) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -138,6 +138,7 @@ def predict(
     *,
     channels: Tensor | None = None,
     control: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """What the network `unet` predicts, `[b, c, h, w]`.
 
@@ -145,13 +146,17 @@ def predict(
         networks: `unet`, and where there is a picture to follow `control`, a ControlNetModel.
         x_in: `[b, c, h, w]`, scaled noisy latents.
         time: `[b]`.
-        channels: `[b, k, h, w]`, more channels of its input.
+        channels: `[b, k, h, w]`, more channels of the U-Net's input.
         control: `[b, 3, H, W]` in [0, 1], the picture to follow, in pixels.
+        scale: `[b]`, how much of what the ControlNet says is added; None is 1.
     """
     seen = x_in if channels is None else torch.cat([x_in, channels], dim=1)
     inputs = context.inputs()
     if control is not None:
-        down, mid = networks["control"](seen, time, controlnet_cond=control, return_dict=False, **inputs)
+        share = 1.0 if scale is None else scale.to(x_in.dtype).view(-1, 1, 1, 1)
+        down, mid = networks["control"](
+            x_in, time, controlnet_cond=control, conditioning_scale=share, return_dict=False, **inputs
+        )
         inputs |= {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
     return networks["unet"](seen, time, **inputs, return_dict=False)[0]
 
@@ -189,7 +194,7 @@ def attention_kernel(
         yield
 
 
-def checkpoint_activations(unet: UNet2DConditionModel, kind: str, *, dtype: torch.dtype) -> None:
+def checkpoint_activations(unet: UNet2DConditionModel | ControlNetModel, kind: str, *, dtype: torch.dtype) -> None:
     """Keep only the inputs of the network's blocks in training, and compute the rest again in the backward pass.
 
     Args:

@@ -22,7 +22,16 @@ STRENGTH = 0.8
 """Of a picture without a mask, where none is asked for."""
 
 
-class Edit(Protocol):
+class Sized(Protocol):
+    """The part of a request that says how large the picture is to be."""
+
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+
+
+class Edit(Sized, Protocol):
     """The part of a request that this is about; `pipelines.generate.Request` says what each means."""
 
     @property
@@ -31,10 +40,6 @@ class Edit(Protocol):
     def mask(self) -> str | None: ...
     @property
     def strength(self) -> float | None: ...
-    @property
-    def height(self) -> int: ...
-    @property
-    def width(self) -> int: ...
 
 
 class Given(NamedTuple):
@@ -77,7 +82,7 @@ def check_edit(edit: Edit, own_steps: bool) -> None:
         raise UserError("--sampler: one that chooses its steps itself cannot begin in the middle; say --strength 1")
     for name, path in (("--image", edit.image), ("--mask", edit.mask)):
         if path is not None:
-            _open(name, path)
+            open_picture(name, path)
 
 
 def steps_left(edit: Edit, sigmas: Tensor) -> Tensor:
@@ -99,7 +104,7 @@ def given(model: Model, batch: Sequence[Edit]) -> Given:
     size = (len(batch), 1, first.height // side, first.width // side)
     latents, mask, masked = None, None, None
     if first.image is not None:
-        image = to_tensor([_pixels("--image", edit.image, edit) for edit in batch])
+        image = to_tensor([pixels("--image", edit.image, edit) for edit in batch])
         latents = _encode(model, image)
         if first.mask is not None:
             hole = _mask(batch)
@@ -121,21 +126,27 @@ def _encode(model: Model, image: Tensor) -> Tensor:
 
 def _mask(batch: Sequence[Edit]) -> Tensor:
     """`[b, 1, h, w]` in pixels: white is to be drawn anew, black stays."""
-    levels = torch.from_numpy(np.stack([_pixels("--mask", edit.mask, edit) for edit in batch])).float().mean(dim=3)
-    return (levels[:, None] >= 127.5).float()
+    return torch.from_numpy(np.stack([hole_of(edit) for edit in batch]))[:, None].float()
 
 
-def _pixels(name: str, path: str | None, edit: Edit) -> np.ndarray:
-    """A picture of the request's size, cut in the middle where its shape is another: uint8 `[h, w, 3]`."""
+def hole_of(edit: Edit) -> np.ndarray:
+    """What is to be drawn anew, bool `[h, w]` in pixels, of a request with a mask."""
+    return pixels("--mask", edit.mask, edit).mean(axis=2) >= 127.5
+
+
+def pixels(name: str, path: str | None, size: Sized) -> np.ndarray:
+    """The picture of an option, of the request's size, cut in the middle where its shape is another: uint8
+    `[h, w, 3]`."""
     assert path is not None
-    picture = _open(name, path)
-    if picture.size != (edit.width, edit.height):
+    picture = open_picture(name, path)
+    if picture.size != (size.width, size.height):
         how = Image.Resampling.NEAREST if name == "--mask" else Image.Resampling.LANCZOS
-        picture = ImageOps.fit(picture, (edit.width, edit.height), how)
+        picture = ImageOps.fit(picture, (size.width, size.height), how)
     return np.asarray(picture)
 
 
-def _open(name: str, path: str) -> Image.Image:
+def open_picture(name: str, path: str) -> Image.Image:
+    """The picture that the option `name` names; raises `UserError` where there is none, or it cannot be read."""
     if not Path(path).is_file():
         raise UserError(f"{name} {path}: no such file; name a picture")
     try:

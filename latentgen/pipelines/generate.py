@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from latentgen.formats.fitted_schedules import Fitted, find_fitted
 from latentgen.formats.model import Model
 from latentgen.formats.scheduler import usual_schedule
 from latentgen.models.autoencoder import at_once, decode, factor
+from latentgen.pipelines.control import check_control, control_of
 from latentgen.pipelines.editing import check_edit, given, steps_left, strength_of
 from latentgen.pipelines.guiding import Wish, check_guidance, check_negative_prompt, guided, split_prompt, weak_model
 from latentgen.pipelines.pictures import to_pictures
@@ -60,6 +62,10 @@ class Request:
         mask: file of a picture, white where `image` is to be drawn anew, black where it stays; None is all white.
         strength: how much of the process is gone through, above 0 (keeps nearly all of `image`) up to 1 (keeps
             nothing of it where it is drawn); None is 1 with a mask and 0.8 without.
+        control: file of a picture that the model's ControlNet is shown; it needs one, and no other model takes one.
+        control_scale: how much of what the ControlNet says is added; 0 draws as without.
+        control_start, control_end: shares of the steps from which and until which it counts.
+        control_edges: it is shown the edges found in `control`.
     """
 
     prompt: str
@@ -75,6 +81,11 @@ class Request:
     image: str | None = None
     mask: str | None = None
     strength: float | None = None
+    control: str | None = None
+    control_scale: float = 1.0
+    control_start: float = 0.0
+    control_end: float = 1.0
+    control_edges: bool = False
 
 
 def check(request: Request, model: Model) -> None:
@@ -90,7 +101,9 @@ def check(request: Request, model: Model) -> None:
     if not -(2**63) <= request.seed < 2**64:
         raise UserError(f"--seed {request.seed}: choose one of 64 bits, such as 0 to {2**63 - 1}")
     check_negative_prompt(request.guidance, request.negative_prompt)
-    check_edit(request, find_sampler(request.sampler).own_steps)
+    own_steps = find_sampler(request.sampler).own_steps
+    check_edit(request, own_steps)
+    check_control(request, model, own_steps)
     check_guidance(_wish(request, _sigmas(request, model)), model)
     if _augmented_dim(model) is not None and find_sampler(request.sampler).noise:
         raise UserError(f"--sampler {request.sampler}: it adds normal noise, which is not PFGM++'s; choose heun")
@@ -114,7 +127,8 @@ def generate(
         on_step: called after every sampling step with the number of pictures that took it.
 
     Raises:
-        UserError: a request that the model cannot draw; nothing has been drawn then.
+        UserError: a request that the model cannot draw, and nothing has been drawn then; or a picture comes out that is
+            not finite.
     """
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: must be at least 1")
@@ -126,8 +140,24 @@ def generate(
         for at in range(0, len(group), batch_size):
             batch = group[at : at + batch_size]
             latents = _latents(model, weak[batch[0].guidance], batch, on_step)
+            _require_finite(latents, "the U-Net", model.unet.dtype)
             for part in latents.split(at_once(batch[0].height, batch[0].width)):
-                yield from to_pictures(decode(model.vae, part))
+                pictures = decode(model.vae, part)
+                _require_finite(pictures, "the autoencoder", model.vae.dtype)
+                yield from to_pictures(pictures)
+
+
+def _require_finite(values: Tensor, network: str, dtype: torch.dtype) -> None:
+    """Raise `UserError` in place of a black picture."""
+    if bool(values.isfinite().all()):
+        return
+    if dtype == torch.float32:
+        raise UserError(f"{network} gives numbers that are not finite; its weights are broken, fetch the model again")
+    name = str(dtype).removeprefix("torch.")
+    raise UserError(
+        f"{network} gives numbers that are not finite in {name}: say --dtype bf16, or fp32; where that needs too much "
+        "memory, use a model whose autoencoder was made for fp16"
+    )
 
 
 def _sigmas(request: Request, model: Model) -> Tensor:
@@ -224,9 +254,8 @@ def prepare(model: Model, batch: Sequence[Request], weak: Model | None = None) -
     if edit.latents is not None and strength_of(first) < 1:
         x = x + edit.latents
     prompts = [split_prompt(r.prompt, r.guidance)[0] for r in batch]
-    denoise, log_variance = guided(
-        model, weak, _wish(first, sigmas), prompts, [r.negative_prompt for r in batch], edit.channels
-    )
+    negative, control = [r.negative_prompt for r in batch], control_of(model, batch, sigmas)
+    denoise, log_variance = guided(model, weak, _wish(first, sigmas), prompts, negative, edit.channels, control)
     if edit.mask is not None and edit.latents is not None:
         denoise = masked(denoise, edit.latents, edit.mask)
     return Prepared(denoise, x, sigmas, log_variance)
@@ -246,4 +275,6 @@ def parameters_line(request: Request, model_name: str, model_hash: str) -> str:
     )
     if request.guidance:
         settings += f', Guidance: "{"; ".join(request.guidance)}"'
+    if request.control is not None:
+        settings += f", Control: {whole(Path(request.control).name)}, Control scale: {request.control_scale:g}"
     return f"{request.prompt}{negative}\n{settings}, Model hash: {model_hash[:10]}, Model: {model_name}"

@@ -20,7 +20,8 @@ from latentgen.formats.folder_check import check_folder
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import load_model
 from latentgen.models.context import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, Context, join, sizes_of
-from latentgen.models.unet import perturbed_attention, self_attentions
+from latentgen.models.unet import perturbed_attention, predict, self_attentions
+from latentgen.pipelines.control import Control
 
 AND = " AND "
 
@@ -120,6 +121,7 @@ def guided(
     prompts: Sequence[Sequence[str]],
     negative: Sequence[str],
     channels: Tensor | None = None,
+    control: Control | None = None,
 ) -> tuple[Denoiser, LogVariances | None]:
     """A denoiser for one sampling call, and the variance that the network learned for its reverse steps, if it did.
 
@@ -130,6 +132,7 @@ def guided(
         prompts: for every picture, as many as `wish.weights`.
         negative: for every picture what to stay away from.
         channels: `[b, k, h, w]`, shown to the U-Net beside the noisy latents, from `pipelines.editing`.
+        control: the picture that all predictions of `model` follow, from `pipelines.control`; those of `weak` do not.
     """
     parts = parse(wish.guidance)
     texts = {"cond" if n == 0 else f"cond{n + 1}": [own[n] for own in prompts] for n in range(len(wish.weights))}
@@ -137,12 +140,12 @@ def guided(
     layers = _knob(parts, "pag", "layers")
     if layers is not None:
         texts["weak"] = texts["cond"]
-    strong = _Network(model, texts, layers, wish.size, channels)
+    strong = _Network(model, texts, layers, wish.size, channels, control)
     second = None
     if weak is not None:
         second = _Network(weak, {"weak": texts["cond"]}, None, wish.size, channels if weak.inpaints else None)
 
-    def predict(rows: Mapping[str, Tensor], x: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+    def each(rows: Mapping[str, Tensor], x: Tensor, sigma: Tensor) -> dict[str, Tensor]:
         if second is None:
             return batched(strong.denoise_rows)(rows, x, sigma)
         mine = {kind: at for kind, at in rows.items() if kind != "weak"}
@@ -151,7 +154,7 @@ def guided(
             made |= batched(second.denoise_rows)({"weak": rows["weak"]}, x, sigma)
         return made
 
-    denoise = bind(build(parts, wish.scale, wish.sampler, wish.levels, wish.weights), predict)
+    denoise = bind(build(parts, wish.scale, wish.sampler, wish.levels, wish.weights), each)
     return denoise, strong.log_variance if strong.learned_variance else None
 
 
@@ -165,8 +168,9 @@ class _Network:
         perturbed: str | None,
         size: tuple[int, int],
         channels: Tensor | None = None,
+        control: Control | None = None,
     ) -> None:
-        self.channels = channels
+        self.channels, self.control, self.networks = channels, control, model.networks()
         self.unet, self.parameterization = model.unet, model.parameterization()
         self.contexts = {kind: _context(model, own, size, kind) for kind, own in texts.items()}
         self.perturbed = self_attentions(model.unet, perturbed) if perturbed is not None else []
@@ -175,10 +179,14 @@ class _Network:
 
     def denoise_rows(self, x: Tensor, sigma: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """x0_hat [k, c, h, w], one block a kind."""
-        unet = self.unet
+        dtype = self.unet.dtype
         # Samplers that take many steps at once show every picture once a step, one step after the other.
         context = join([self._rows(kind, at) for kind, at in rows.items()])
-        shown = None if self.channels is None else self.channels[torch.cat(list(rows.values())) % len(self.channels)]
+        pictures = torch.cat(list(rows.values()))
+        shown = None if self.channels is None else self.channels[pictures % len(self.channels)].to(dtype)
+        followed, scale = None, None
+        if self.control is not None and (scale := self.control.scales(sigma)).any():
+            followed = self.control.picture[pictures % len(self.control.picture)]
         weak = slice(0, 0)
         if self.perturbed and "weak" in rows:
             before = [len(at) for kind, at in rows.items()][: list(rows).index("weak")]
@@ -186,8 +194,9 @@ class _Network:
 
         def network(x_in: Tensor, c_noise: Tensor) -> Tensor:
             with perturbed_attention(self.perturbed if weak.stop else [], weak):
-                seen = x_in if shown is None else torch.cat([x_in, shown], dim=1)
-                out = unet(seen.to(unet.dtype), c_noise, **context.inputs(), return_dict=False)[0]
+                out = predict(
+                    self.networks, x_in.to(dtype), c_noise, context, channels=shown, control=followed, scale=scale
+                )
             if self.learned_variance and "cond" in rows:
                 self.head = out[: len(rows["cond"]), x_in.shape[1] :]  # `cond` is always the first block
             return out[:, : x_in.shape[1]]

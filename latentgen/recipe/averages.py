@@ -11,19 +11,21 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentgen.core.errors import UserError
 from latentgen.core.runfolder import RunFolder
 from latentgen.engine.ema_profiles import LONGEST
 from latentgen.engine.ema_snapshots import Rebuilt, rebuild
+from latentgen.formats.control import save_control
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import load_model, quiet_libraries, save_model
 from latentgen.models.autoencoder import AutoencoderForTraining, fold_whitening
 from latentgen.models.clip import Clip, load_clip, to_transformers
 from latentgen.models.text import Tower
 from latentgen.recipe import build
+from latentgen.recipe.finetune import finished, makes_adapter, prepare, write_result
 from latentgen.recipe.load import load_recipe
 from latentgen.recipe.schema import Recipe
 
@@ -38,7 +40,10 @@ worth a warning."""
 def export_average(
     run: Path, length: float, folder: Path, *, stage: str = "unet", step: int | None = None
 ) -> tuple[Path, Rebuilt]:
-    """Write a model folder whose `stage`'s network has the average of relative `length` after `step` steps.
+    """Write a model folder whose `stage`'s network has the average of relative `length` after `step` steps; of a run
+    that trains a ControlNet, a ControlNet's folder.
+
+    Of a run that fine-tunes, what it trains is averaged; where its result is an adapter folder, so is this.
 
     The other networks are the run's own. An autoencoder is whitened by the statistics of the run's own, so that the
     U-Net finds the latents where it learned them.
@@ -58,14 +63,25 @@ def export_average(
     files = RunFolder(Path(run))
     if not files.recipe.is_file():
         raise UserError(f"{run}: no run is there (recipe.yaml is missing); give a folder such as runs/NAME")
-    found = rebuild(files.ema(stage), stage, length, step)
-    _warn(found)
     recipe = load_recipe(files.recipe)
+    network = _named(recipe) if stage == "unet" else stage
+    found = rebuild(files.ema(stage), network, length, step)
+    _warn(found)
     model, clip = _model(files, recipe)
     about = {"stage": stage, "length": length, "step": found.step, "residual": found.fit.residual}
     model = dataclasses.replace(model, metadata={**model.metadata, "average": about})
     if stage == "unet":
-        model.unet.load_state_dict(found.tensors)
+        training = prepare(recipe, model)
+        trained = {name: network for name, network in training.model.networks().items() if name in training.trains}
+        for name, own in trained.items():
+            _fill(own, found.tensors if name == network else rebuild(files.ema(stage), name, length, step).tensors)
+        if makes_adapter(recipe):
+            write_result(recipe, training, trained, folder, about)
+            return folder, found
+        model = finished(recipe, training, trained)
+        if model.control is not None:
+            save_control(model.control, folder, model.metadata)
+            return folder, found
     elif stage == "vae":
         model = dataclasses.replace(model, vae=_whitened(files, recipe, found.tensors))
     else:
@@ -77,6 +93,21 @@ def export_average(
         model = dataclasses.replace(model, towers=(tower,))
     save_model(model, folder, clip=clip)
     return folder, found
+
+
+def _named(recipe: Recipe) -> str:
+    """The network of the U-Net's stage whose average is reported on."""
+    if recipe.finetune is None or recipe.finetune.method != "none":
+        return "unet"
+    return "tokens" if recipe.finetune.control is None else "control"
+
+
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a network what changed of it; what was frozen is as it is."""
+    own = network.state_dict()
+    with torch.no_grad():
+        for name, value in tensors.items():
+            own[name].copy_(value)
 
 
 def _warn(found: Rebuilt) -> None:
@@ -97,7 +128,7 @@ def _warn(found: Rebuilt) -> None:
 
 def _model(files: RunFolder, recipe: Recipe) -> tuple[Model, Clip | None]:
     """The run's model, or what it is as long as its U-Net stage goes on."""
-    if (files.model / "model_index.json").is_file():
+    if recipe.finetune is None and (files.model / "model_index.json").is_file():
         towers = files.model / "clip"
         return load_model(files.model), load_clip(towers) if towers.is_dir() else None
     results = {"vae": recipe.autoencoder.source, "clip": recipe.text_encoder.source}

@@ -77,6 +77,7 @@ def examples(recipe: Recipe) -> Examples:
         return Examples(training, ShapesSource(seed=seed, size=data.holdout, split="train", resolution=data.resolution))
     assert data.path is not None
     common: dict[str, Any] = {"resolution": data.resolution, "crop": data.crop, "caption": data.caption}
+    common["controls"] = recipe.finetune is not None and recipe.finetune.control == "picture"
     whole = FolderSource(path=data.path, split=data.split, **common)
     beside, skipped = Path(data.path) / "validation", dict(whole.skipped)
     path = data.validation or (str(beside) if beside.is_dir() else None)

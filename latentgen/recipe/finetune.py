@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
+from numpy.typing import NDArray
 from torch import nn
 from transformers import CLIPTokenizer
 
@@ -21,6 +22,7 @@ from latentgen.models.adapters import AdapterSpec, add_adapters
 from latentgen.models.text import Tower
 from latentgen.models.tokens import LearnedTokens, grow, rows_of, settled
 from latentgen.recipe import build
+from latentgen.recipe.conditions import control_kind, starting_model
 from latentgen.recipe.schema import Finetune, Recipe
 from latentgen.tasks.adapting import adapters_of
 
@@ -39,12 +41,15 @@ def prepare(recipe: Recipe, model: Model) -> Training:
     Raises:
         UserError: the settings do not fit the model.
     """
-    f = recipe.finetune
+    f, model = recipe.finetune, starting_model(recipe, model)
     for network in model.networks().values():
         network.requires_grad_(False)
     if f is None:
         model.unet.requires_grad_(True)
         return Training(model, ("unet",), {})
+    if model.control is not None:
+        model.control.requires_grad_(True)
+        return Training(model, ("control",), {})
     named = model.networks()
     texts = tuple(tower.name for tower in model.towers) if f.text_encoders else ()
     trains = () if f.method == "none" else ("unet", *texts)
@@ -81,14 +86,36 @@ def runs_text(training: Training) -> bool:
     return any(name.startswith("text_encoder") or name == "tokens" for name in training.trains)
 
 
+def require_words(recipe: Recipe, model: Model, table: Mapping[str, NDArray]) -> None:
+    """Raise UserError for a word to be learned that no caption has: nothing would teach it.
+
+    Args:
+        table: token ids `[m, t]` of all captions for each text encoder.
+    """
+    assert recipe.finetune is not None
+    tower = model.towers[0]
+    for word in recipe.finetune.tokens:
+        if not (table[tower.name] == tower.tokenizer.convert_tokens_to_ids(word)).any():
+            raise UserError(
+                f"finetune.tokens: {word} is in no caption, so nothing would teach it; write it into the captions, "
+                f"such as `a photo of {word}`"
+            )
+
+
 def makes_adapter(recipe: Recipe) -> bool:
     """Whether the result is an adapter folder, not a model folder."""
     f = recipe.finetune
     return f is not None and f.control is None and f.method != "full"
 
 
-def write_result(recipe: Recipe, training: Training, averaged: Mapping[str, nn.Module], folder: Path) -> None:
-    """The adapter folder of what was learned."""
+def write_result(
+    recipe: Recipe,
+    training: Training,
+    averaged: Mapping[str, nn.Module],
+    folder: Path,
+    average: Mapping[str, Any] | None = None,
+) -> None:
+    """The adapter folder of what was learned; `average` says which average it is, where it is not the usual one."""
     f = recipe.finetune
     assert f is not None
     assert recipe.unet.source is not None
@@ -101,32 +128,47 @@ def write_result(recipe: Recipe, training: Training, averaged: Mapping[str, nn.M
         layouts=f.written(),
         base=recipe.unet.source,
         unet_sha256=unet_hash(Path(recipe.unet.source)),
-        metadata={"recipe": recipe.model_dump(mode="json", by_alias=True)},
+        metadata={
+            "recipe": recipe.model_dump(mode="json", by_alias=True),
+            **({} if average is None else {"average": dict(average)}),
+        },
     )
 
 
-def write_trained(recipe: Recipe, training: Training, averaged: Mapping[str, nn.Module], folder: Path) -> None:
-    """The stage's result where whole networks were trained: the U-Net, and text encoders in folders below it."""
-    model = training.model.with_networks(averaged)
-    f = recipe.finetune
+def finished(recipe: Recipe, training: Training, averaged: Mapping[str, nn.Module]) -> Model:
+    """The model with these networks, and with learned words as rows of its text encoders like all others."""
+    model, f = training.model.with_networks(averaged), recipe.finetune
     words = {} if f is None else learned_words(f, model, averaged)
+    if not words:
+        return model
+    towers = tuple(settled(tower, {word: own[tower.name] for word, own in words.items()}) for tower in model.towers)
+    return replace(model, towers=towers, tokens=None)
+
+
+def write_trained(recipe: Recipe, training: Training, averaged: Mapping[str, nn.Module], folder: Path) -> None:
+    """The stage's result where whole networks were trained: the U-Net, and text encoders in folders below it; or the
+    ControlNet."""
+    model = finished(recipe, training, averaged)
+    network = model.unet if model.control is None else model.control
 
     def fill(target: Path) -> None:
         # Copies, because saving changes what a network says of itself.
-        copy.deepcopy(model.unet).save_pretrained(target)
+        copy.deepcopy(network).save_pretrained(target)
         for tower in model.towers:
-            if tower.name in averaged or words:
-                if words:
-                    tower = settled(tower, {word: own[tower.name] for word, own in words.items()})
-                tower.encoder.save_pretrained(target / tower.name)
+            if tower.name in averaged or "tokens" in averaged:
+                copy.deepcopy(tower.encoder).save_pretrained(target / tower.name)
                 tower.tokenizer.save_pretrained(target / tower.tokenizer_name)
 
     write_folder(folder, fill)
 
 
-def read_trained(model: Model, folder: Path) -> Model:
+def read_trained(recipe: Recipe, model: Model, folder: Path) -> Model:
     """`model` with the networks that `write_trained` wrote."""
     with quiet_libraries():
+        if control_kind(recipe) is not None:
+            control = ControlNetModel.from_pretrained(folder)
+            assert isinstance(control, ControlNetModel)
+            return replace(model, control=control)
         unet = UNet2DConditionModel.from_pretrained(folder)
         assert isinstance(unet, UNet2DConditionModel)
         towers = tuple(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,8 +23,9 @@ from latentgen.models.clip import ClipForTraining
 from latentgen.models.context import Context, size_count
 from latentgen.models.late_interaction import late_similarity
 from latentgen.models.text import encode_tokens, prompt_length
-from latentgen.models.unet import count_parameters
+from latentgen.models.unet import count_parameters, predict
 from latentgen.recipe import build
+from latentgen.recipe.conditions import starting_model
 from latentgen.recipe.load import dump_recipe
 from latentgen.recipe.memory import plan_memory
 from latentgen.recipe.presets import filled
@@ -126,18 +127,18 @@ def make_plan(recipe: Recipe, examples: int | None = None) -> Plan:
             flops = _vae_flops(recipe, vae)
             stages.append(_stage(recipe, "vae", vae, flops))
         context, text_flops = _text(recipe, image, stages)
+        control: ControlNetModel | None = None
         if recipe.unet.source is None:
             unet = build.new_unet(recipe, vae, context.states.shape[-1])
         else:
             model = _existing(recipe.unet.source)
             build.require_fit(recipe, model, vae, context.states.shape[-1])
-            unet = _on_meta(model.unet)
+            model = starting_model(recipe, replace(model, unet=_on_meta(model.unet)))
+            unet, control = model.unet, model.control
             if context.pooled is not None:
                 context = context._replace(sizes=torch.empty(PROBE, size_count(unet, context.pooled.shape[-1])))
         reduced = side // factor(vae)
         latents = torch.empty(PROBE, vae.config["latent_channels"], reduced, reduced)
-        flops = _training_flops(unet.train(), latents, torch.empty(PROBE), **context.inputs())
-        stages.append(_stage(recipe, "unet", unet, flops))
         made = _made(recipe)
         if made:
             once = flops_of(lambda: unet.eval()(latents, torch.empty(PROBE), **context.inputs())) / PROBE
@@ -146,6 +147,10 @@ def make_plan(recipe: Recipe, examples: int | None = None) -> Plan:
             prior_flops = made * (recipe.preview.num_inference_steps * guided * once + decoded)
         pictures = examples * (1 + recipe.data.flip)
         encode = flops_of(lambda: vae.encode(image)) / PROBE
+        flops = _unet_flops(unet, control, latents, context, image)
+        if unet.config["in_channels"] > latents.shape[1]:
+            flops += encode  # of the masked picture, anew in every step
+        stages.append(_stage(recipe, "unet", unet if control is None else control, flops))
     captions = examples * (recipe.data.captions or 4)  # an upper guess: equal captions are cached once
     disk = 2 * (pictures * 2 * latents[0].numel() + captions * context.states[0].numel())
     cost = pictures * encode + captions * text_flops
@@ -164,6 +169,21 @@ def _made(recipe: Recipe) -> int:
     """How many class pictures are made (where they are not there already)."""
     prior = recipe.finetune.prior if recipe.finetune is not None else None
     return prior.pictures if prior is not None and prior.path is None else 0
+
+
+def _unet_flops(
+    unet: UNet2DConditionModel, control: ControlNetModel | None, latents: Tensor, context: Context, image: Tensor
+) -> float:
+    """FLOPs of one forward and backward pass of one example; beside a ControlNet the U-Net only passes gradients on."""
+    networks = {"unet": unet.train().requires_grad_(control is None), "control": control}
+    more = unet.config["in_channels"] - latents.shape[1]
+    channels = torch.empty(PROBE, more, *latents.shape[2:]) if more else None
+    shown = None if control is None else image
+
+    def run() -> None:
+        predict(networks, latents, torch.empty(PROBE), context, channels=channels, control=shown).sum().backward()
+
+    return flops_of(run) / PROBE
 
 
 def _existing(folder: str) -> Model:

@@ -1,4 +1,5 @@
-"""A recipe from start to end: VAE, CLIP, caches, U-Net, model folder. Each stage resumes, and is skipped when done."""
+"""A recipe from start to end: VAE, CLIP, caches, U-Net or ControlNet, the folder of the result. Each stage resumes, and
+is skipped when done."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from latentgen import __version__
 from latentgen.core.allocator import keep_memory
 from latentgen.core.errors import UserError
 from latentgen.core.files import clear_leftovers, content_key, file_sha256, write_json, write_text
-from latentgen.core.runfolder import ADAPTER_INDEX, RunFolder
+from latentgen.core.runfolder import RunFolder
 from latentgen.data.fetch import CachedBatches, PictureBatches, to_tensor
 from latentgen.data.loader import Loader
 from latentgen.data.sources.alternating import Alternating
@@ -36,6 +37,7 @@ from latentgen.engine.task import Task
 from latentgen.engine.validation import Measure, Validation
 from latentgen.engine.watch import Watch
 from latentgen.engine.world import World, make_world
+from latentgen.formats.control import save_control
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import load_model, quiet_libraries, save_model
 from latentgen.models.autoencoder import Vae
@@ -44,13 +46,15 @@ from latentgen.models.context import AESTHETIC_SCORE, sizes_of
 from latentgen.models.quick import quicken
 from latentgen.models.text import Tower, train_tokenizer
 from latentgen.models.unet import checkpoint_activations
-from latentgen.pipelines.generate import check
+from latentgen.pipelines.generate import Request, check
 from latentgen.recipe import build
+from latentgen.recipe.conditions import conditioned, control_kind, previews, write_inputs
 from latentgen.recipe.finetune import (
     Training,
     makes_adapter,
     prepare,
     read_trained,
+    require_words,
     runs_text,
     write_result,
     write_trained,
@@ -107,16 +111,15 @@ class Run:
         self._refuse_another_recipe()
 
     def train(self) -> Path:
-        """Do every stage that is not done; return the model folder.
+        """Do every stage that is not done; return the folder of the result: the model, or the ControlNet.
 
         Raises:
             Interrupted: a signal asked to stop; what was trained is saved.
             Lost: another process is gone.
         """
-        done = self._done()
-        if done is not None:
-            logger.info("%s is finished; choose another name= to train anew", done)
-            return done
+        if self.result.is_dir():
+            logger.info("%s is finished; choose another name= to train anew", self.result)
+            return self.result
         build.check(self.recipe, self.accelerator.num_processes)
         plan = make_plan(self.recipe, len(self.source))
         lock = held(self.folder.path, f"the run {self.folder.path}", self.accelerator)
@@ -133,25 +136,26 @@ class Run:
         towers, zero_empty, clip = self._towers()
         model = build.new_model(self.recipe, vae, towers, zero_empty)
         if makes_adapter(self.recipe):
-            self._train_unet(model, self.folder.adapter)
-            self.report()
-            logger.info("what was learned is in %s", self.folder.adapter)
-            return self.folder.adapter
-        trained = self._unet(model)
-        self.watch.mark("writing the model")
+            self._train_unet(model, self.result)
+        else:
+            trained = dataclasses.replace(self._unet(model), metadata=self._metadata(plan.flops))
+            self.watch.mark("writing the model")
+            if self.accelerator.is_main_process and trained.control is None:
+                save_model(trained, self.result, clip=clip)
+            elif self.accelerator.is_main_process and trained.control is not None:
+                save_control(trained.control, self.result, trained.metadata)
         if self.accelerator.is_main_process:
-            save_model(dataclasses.replace(trained, metadata=self._metadata(plan.flops)), self.folder.model, clip=clip)
             self.report()
         self.accelerator.wait_for_everyone()
-        logger.info("the model is in %s", self.folder.model)
-        return self.folder.model
+        logger.info("the %s is in %s", self.result.name, self.result)
+        return self.result
 
-    def _done(self) -> Path | None:
-        """The result of a finished run."""
-        for result, index in ((self.folder.model, "model_index.json"), (self.folder.adapter, ADAPTER_INDEX)):
-            if (result / index).is_file():
-                return result
-        return None
+    @property
+    def result(self) -> Path:
+        """The folder that is there when all is done."""
+        if control_kind(self.recipe) is not None:
+            return self.folder.control
+        return self.folder.adapter if makes_adapter(self.recipe) else self.folder.model
 
     def _refuse_another_recipe(self) -> None:
         if self.folder.recipe.is_file():
@@ -317,7 +321,17 @@ class Run:
         result = self.folder.result("unet")
         if not result.is_dir():
             self._train_unet(model, result)
-        return read_trained(model, result)
+        return read_trained(self.recipe, model, result)
+
+    def _previews(self, model: Model) -> list[Request]:
+        folder, held_out = self.folder.samples("unet"), self.examples.held_out
+        if self.accelerator.is_main_process:
+            write_inputs(self.recipe, model, held_out, folder)
+        self.accelerator.wait_for_everyone()
+        requests = previews(self.recipe, model, held_out, folder)
+        for request in requests:
+            check(request, model)
+        return requests
 
     def _train_unet(self, model: Model, result: Path) -> None:
         recipe = self.recipe
@@ -328,14 +342,12 @@ class Run:
         model = training.model
         for network in model.networks().values():
             network.to(self.accelerator.device)
-        previews = build.previews(recipe)
-        for request in previews:
-            check(request, model)
+        requests = self._previews(model)
         fetch = self._cached(training, self.source)
         task = DiffusionTask(
             model,
             build.objective(recipe, model),
-            previews,
+            requests,
             columns=recipe.preview.num,
             trains=training.trains,
             rates=training.rates,
@@ -347,10 +359,11 @@ class Run:
             return fetch if source is self.source else self._cached(training, source)
 
         measured = self._validation("unet", task.measure, fetched, parts=LEVELS)
-        if self.on_cpu and task.dtype == torch.float32:
-            quicken(model.unet)
-        if recipe.unet.gradient_checkpointing:
-            checkpoint_activations(model.unet, task.kernel, dtype=task.dtype)
+        for network in (model.unet, model.control):
+            if network is not None and self.on_cpu and task.dtype == torch.float32:
+                quicken(network)
+            if network is not None and recipe.unet.gradient_checkpointing:
+                checkpoint_activations(network, task.kernel, dtype=task.dtype)
 
         def finish(averaged: Mapping[str, nn.Module]) -> None:
             if makes_adapter(recipe):
@@ -373,6 +386,8 @@ class Run:
             self.watch.mark("caching text states")
             if runs_text(training):
                 texts, rows = token_table(model, source, captions=data.captions)
+                if source is self.source:
+                    require_words(self.recipe, model, texts)
             else:
                 kept = cache_text(model, source, cache, captions=data.captions, share=share)
                 texts, rows = kept.parts(), kept.rows
@@ -384,7 +399,8 @@ class Run:
             values["sizes"] = np.tile(np.array(row, dtype=np.float32), (len(source), 1))
         if isinstance(source, Alternating):
             values["weight"] = source.weights()
-        return CachedBatches(moments, texts, rows, self.recipe.diffusion.caption_dropout, values)
+        batches = CachedBatches(moments, texts, rows, self.recipe.diffusion.caption_dropout, values)
+        return conditioned(self.recipe, model, source, batches)
 
     def _frozen(self, network: Any) -> Any:
         return network.eval().requires_grad_(False).to(self.accelerator.device)
@@ -417,7 +433,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def train_recipe(recipe: Recipe, root: Path, device: str | None = None) -> Path:
-    """Train a recipe, or go on with it; returns the model folder. See `Run` for what it raises."""
+    """Train a recipe, or go on with it; returns the folder of the result. See `Run` for what it raises."""
     torch.set_flush_denormal(True)  # denormal weights and moments are many times slower on the CPU, and mean nothing
     run = Run(recipe, root, device)
     model = run.train()

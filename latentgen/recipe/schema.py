@@ -259,7 +259,8 @@ class Prior(Section):
 
 
 class Finetune(Section):
-    """What is trained of the model in `unet.from`, and how. Results: runs/NAME/adapter, for `full` model."""
+    """What is trained of the model in `unet.from`, and how. Results: runs/NAME/adapter, for `full` model, for
+    `control` control."""
 
     preset: Literal["subject", "style"] | None = Field(
         default=None,
@@ -466,6 +467,8 @@ class Recipe(Section):
             raise ValueError("finetune.method: none trains nothing; name finetune.tokens or finetune.control")
         if f.control is not None and (f.method != "none" or f.text_encoders or f.tokens):
             raise ValueError("finetune.control: a ControlNet is trained beside a model that stays; say method: none")
+        if f.control == "picture" and self.data.source != "folder":
+            raise ValueError("finetune.control: picture: needs data.source: folder, with a second picture for each")
         if f.text_encoders and f.method == "none":
             raise ValueError("finetune.text_encoders: say with which method; none trains words alone")
         if f.method == "loha" and "diffusers" in f.written():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,12 +30,17 @@ from latentgen.models.context import Context, context_of, zero
 from latentgen.models.text import encode_tokens
 from latentgen.models.tokens import put
 from latentgen.models.unet import attention_kernel, predict
+from latentgen.pipelines.control import shown_to_it
+from latentgen.pipelines.editing import hole_of, pixels
 from latentgen.pipelines.generate import Request, generate
 from latentgen.pipelines.pictures import grid, save_png
 from latentgen.tasks.adapting import drawn
 
 LEVELS = 4
 """Parts of the noise levels whose errors are logged apart; each holds as many training examples."""
+
+HOLE = np.array([255, 0, 160], dtype=np.uint8)
+"""Colour of what is to be drawn anew, in previews."""
 
 LEARNED_SCALE = 0.01
 """Of the gradient that teaches where losses are large: nothing to Adam, and the network is not clipped for it."""
@@ -268,14 +276,30 @@ class DiffusionTask:
         return {"loss": each, "error": error}
 
     def preview(self, averaged: Mapping[str, nn.Module], step: int, folder: Path) -> dict[str, float]:
-        """Draw the preview requests with the averaged networks."""
+        """Draw the preview requests with the averaged networks; what a row begins from stands at its end."""
         with drawn(self.model, averaged) as model:
             pictures = list(generate(model, self.previews))
+        rows = [pictures[at : at + self.columns] for at in range(0, len(pictures), self.columns)]
+        shown = [[*row, *_given(first)] for row, first in zip(rows, self.previews[:: self.columns], strict=True)]
         prompts = [request.prompt for request in self.previews[:: self.columns]]
-        sheet = grid(pictures, self.columns, prompts, scale=max(1, 128 // pictures[0].width))
-        layout = {"captions": prompts, "columns": self.columns}
+        columns = len(shown[0])
+        sheet = grid(list(chain.from_iterable(shown)), columns, prompts, scale=max(1, 128 // pictures[0].width))
+        layout = {"captions": prompts, "columns": columns}
         save_png(sheet, folder / f"{step:08d}.png", recipe=layout)
         return {}
+
+
+def _given(request: Request) -> list[Image.Image]:
+    """The pictures that a request begins from: its image, coloured where it is drawn anew, and what it follows."""
+    found = []
+    if request.image is not None:
+        picture = pixels("--image", request.image, request)
+        if request.mask is not None:
+            picture = np.where(hole_of(request)[..., None], HOLE, picture)
+        found.append(Image.fromarray(picture))
+    if request.control is not None:
+        found.append(Image.fromarray(shown_to_it(request)))
+    return found
 
 
 def _by_level(error: Tensor, quantile: Tensor) -> dict[str, Tensor]:

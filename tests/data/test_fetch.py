@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from latentgen.core.rand import Draw
+from latentgen.data.controls import Controls
 from latentgen.data.fetch import CachedBatches, PictureBatches, to_tensor
+from latentgen.data.masks import draw_masks
 
 DrawOf = Callable[..., Draw]
 
@@ -137,13 +139,19 @@ def test_more_tries_find_more_contrast(few: Callable, draw: DrawOf) -> None:
     assert float(four.sum()) > float(one.sum())
 
 
-@pytest.mark.parametrize("kind", ["whole", "flipped patches", "contrasts", "cached"])
+def shown(source: Any, variants: int = 2) -> CachedBatches:
+    """Batches that also bring pictures, masks and what is to be followed."""
+    return dataclasses.replace(cached(variants), pictures=source, masks=True, controls=Controls(source, "picture"))
+
+
+@pytest.mark.parametrize("kind", ["whole", "flipped patches", "contrasts", "cached", "shown"])
 def test_batches_do_not_depend_on_the_cut(kind: str, few: Callable, draw: DrawOf) -> None:
     fetch = {
         "whole": PictureBatches(few(8)),
         "flipped patches": PictureBatches(few(8), flip=True, patch=8, patch_tries=2),
         "contrasts": PictureBatches(few(8), contrasts=2),
         "cached": cached(variants=2, dropout=0.5),
+        "shown": shown(few(8)),
     }[kind]
     order = (7, 2, 5, 0, 1, 3, 6, 4)
     whole = fetch(draw(indices=order))
@@ -170,6 +178,21 @@ def test_cached_mirrored_variants_are_taken_half_of_the_time(draw: DrawOf) -> No
     values = cached(variants=2)(d)["mean"][:, 0, 0, 0]
     assert values.unique().tolist() == [3, 11]
     assert 150 < int((values == 11).sum()) < 250  # five standard errors
+
+
+def test_all_that_is_shown_of_an_example_is_mirrored_with_it(few: Callable, draw: DrawOf) -> None:
+    source, d = few(8), draw(range(16), global_batch=16, indices=tuple(range(8)) * 2)
+    batch = shown(source)(d)
+    mirrored = batch["mean"][:, 0, 0, 0] >= 8
+    assert 0 < int(mirrored.sum()) < 16
+    for row, index in enumerate(d.indices):
+        image = to_tensor([source.image(index)])[0]
+        image = image.flip(-1) if mirrored[row] else image
+        assert torch.equal(batch["image"][row], image)
+        torch.testing.assert_close(batch["control"][row], (1 - image) / 2)
+    assert torch.equal(batch["mask"], draw_masks(d, 16, 16))
+    plain = cached(2)(d)
+    assert all(torch.equal(batch[key], value) for key, value in plain.items()), "nothing else changes"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])

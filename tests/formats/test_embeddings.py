@@ -11,15 +11,9 @@ from tiny_networks import tiny_text
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentgen.core.errors import UserError
-from latentgen.formats.embeddings import (
-    Embedding,
-    add_embedding,
-    expand_prompt,
-    learned_vectors,
-    read_embedding,
-    write_embedding,
-)
+from latentgen.formats.embeddings import Embedding, read_embedding, write_embedding
 from latentgen.models.text import tokenize, train_tokenizer
+from latentgen.models.words import add_embedding, expand_prompt, learned_vectors
 
 
 def make(kind: type = CLIPTextModel) -> tuple[Any, Any]:
@@ -91,7 +85,7 @@ def test_a_token_takes_as_many_places_as_it_has_vectors(kind: type, dtype: torch
     assert len(weight) == len(tokenizer) == encoder.config.vocab_size
     assert torch.equal(tokenize(tokenizer, ["a red circle"]), before)
     assert expand_prompt(tokenizer, "a <cat>, a <dog>") == "a <cat> <cat>_1 <cat>_2, a <dog>"
-    ids = tokenize(tokenizer, [expand_prompt(tokenizer, "a <cat> star")])[0].tolist()
+    ids = tokenize(tokenizer, ["a <cat> star"])[0].tolist()
     places = [i for i in ids if i >= len(old)]
     assert places == [len(old), len(old) + 1, len(old) + 2]
     assert torch.equal(weight[places], ONE.vectors["text_encoder"].to(dtype))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny_networks import tiny_pipeline
 
-from latentgen.formats.embeddings import Embedding, add_embedding, expand_prompt, write_embedding
-from latentgen.models.text import encode_text
+from latentgen.formats.embeddings import Embedding, write_embedding
+from latentgen.models.text import Tower, encode_text
+from latentgen.models.words import add_embedding
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -21,5 +22,5 @@ def test_our_tokens_in_diffusers(count: int, tmp_path: Path) -> None:
     add_embedding(ours.tokenizer, ours.text_encoder, "<cat>", vectors)
     prompt = "a red <cat> circle"
     wanted, _ = theirs.encode_prompt(prompt, "cpu", 1, False)
-    made = encode_text(ours.text_encoder, ours.tokenizer, [expand_prompt(ours.tokenizer, prompt)])
+    made = encode_text([Tower("text_encoder", ours.text_encoder, ours.tokenizer)], [prompt]).states
     assert torch.equal(made, wanted)

@@ -22,9 +22,16 @@ from PIL import Image
 from latentgen.core.errors import UserError
 from latentgen.diffusion.parameterization import Parameterization
 from latentgen.diffusion.schedules import SCHEDULES
+from latentgen.formats.folder_parts import write_folder_from
+from latentgen.formats.lora.file import trained_lora
+from latentgen.formats.lora.writing import write_lora
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import load_model, save_model
+from latentgen.formats.opening import open_model
 from latentgen.formats.scheduler import parameterization, read_schedule
+from latentgen.formats.single_file.write import write_single_file
+from latentgen.formats.sources import open_source
+from latentgen.models.adapters import AdapterSpec, adapter_parameters, add_adapters
 from latentgen.pipelines.generate import Request, generate, start_noise
 
 SIDE, STEPS = 32, 4
@@ -218,6 +225,49 @@ def test_half_precision_in_the_file_only(
     divisor = prepared(pipeline, "dpmpp_2m")
     given = inputs(opened, pipeline, request, divisor) | {"height": SIDE, "width": SIDE}
     assert_same_picture(opened, request, pipeline(**given).images[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("family", ["sd1", "sd2-v", "sdxl"])
+def test_through_a_single_file(
+    family: str, dtype: torch.dtype, pipelines: dict[str, tuple[Any, Model]], tmp_path: Path
+) -> None:
+    """Exported in the original layout, opened from there, and made a folder again that diffusers opens."""
+    _, model = pipelines[family]
+    save_model(model, tmp_path / "folder", dtype)
+    write_single_file(open_source(str(tmp_path / "folder")), tmp_path / "file.safetensors")
+    opened = open_model(tmp_path / "file.safetensors").model
+    write_folder_from(open_source(str(tmp_path / "file.safetensors")), tmp_path / "again")
+    pipeline = type(tiny.make(family)).from_pretrained(tmp_path / "again", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    request = request_for("dpmpp_2m", 5.0, negative_prompt="blurry, dark")
+    divisor = prepared(pipeline, "dpmpp_2m")
+    given = inputs(opened, pipeline, request, divisor) | {"height": SIDE, "width": SIDE}
+    assert_same_picture(opened, request, pipeline(**given).images[0])
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+@pytest.mark.parametrize("family", ["sd1", "sd2-v", "sdxl"])
+def test_with_a_lora(family: str, layout: str, tmp_path: Path) -> None:
+    """Random adapters on U-Net and text encoders, from one file on both sides."""
+    folder = tiny.saved(family, tmp_path / "model")
+    model = load_model(folder)
+    networks = {name: network for name, network in model.networks().items() if name != "vae"}
+    add_adapters(networks, AdapterSpec(rank=2, targets=("attention", "feed_forward")))
+    torch.manual_seed(1)
+    for network in networks.values():
+        for parameter in adapter_parameters(network).values():
+            torch.nn.init.normal_(parameter, std=0.2)
+    write_lora(trained_lora(networks), tmp_path / "lora.safetensors", layout, load_model(folder).networks())
+    pipeline = tiny.make(family)
+    pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    opened, request = open_model(folder, loras=[(tmp_path / "lora.safetensors", 1.0)]).model, request_for("euler", 5.0)
+    divisor = prepared(pipeline, "euler")
+    given = inputs(opened, pipeline, request, divisor) | {"height": SIDE, "width": SIDE}
+    theirs = pipeline(**given).images[0]
+    assert_same_picture(opened, request, theirs)
+    plain = np.asarray(next(generate(load_model(folder), [request])), dtype=np.float64) / 255
+    assert np.abs(plain - theirs).max() > 10 * PIXEL, "it does something"
 
 
 def test_a_tiny_autoencoder(pipelines: dict[str, tuple[Any, Model]], tmp_path: Path) -> None:

@@ -249,3 +249,21 @@ def test_the_default_schedule_follows_the_process(
         list(generate(tiny_builder(prediction), [ask()]))
         asked.append("|")
     assert [name for name, _ in itertools.groupby(asked)] == ["karras", "|", "flow", "|"]
+
+
+@pytest.mark.parametrize(("part", "said"), [("unet", "the U-Net gives"), ("vae", "the autoencoder gives")])
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [(torch.bfloat16, "in bfloat16: say --dtype bf16"), (torch.float32, "fetch the model")],
+)
+def test_no_picture_of_numbers_that_are_not_finite(
+    part: str, said: str, dtype: torch.dtype, remedy: str, tiny_builder: Callable[..., Model]
+) -> None:
+    model = tiny_builder()
+    for network in model.networks().values():
+        network.to(dtype)
+    broken = model.unet.conv_out if part == "unet" else model.vae.decoder.conv_out
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match=f"{said} numbers that are not finite.*{remedy}"):
+        next(generate(model, [ask()]))

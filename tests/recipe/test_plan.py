@@ -10,7 +10,10 @@ from torch import nn
 
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import save_model
+from latentgen.models.context import Context
+from latentgen.models.control import build_control
 from latentgen.models.late_interaction import late_loss
+from latentgen.models.unet import predict
 from latentgen.recipe import build
 from latentgen.recipe.plan import Plan, _late_flops, flops_of, make_plan
 from latentgen.recipe.schema import Recipe
@@ -97,6 +100,45 @@ def test_a_plan_of_parts_that_exist_already(tiny_recipe: Recipe, tiny: Model, tm
     assert [stage.name for stage in plan.stages] == ["unet"]
     assert plan.stages[0].parameters == sum(p.numel() for p in tiny.unet.parameters())
     assert plan.cache_flops > 0
+
+
+def planned(recipe: Recipe, start: Path, finetune: dict[str, object] | None) -> Plan:
+    for section in ("autoencoder", "text_encoder", "unet"):
+        recipe = changed(recipe, section, source=str(start))
+    return make_plan(Recipe(**{**recipe.model_dump(), "finetune": finetune}))
+
+
+def test_a_controlnet_is_planned_with_what_passes_through_the_unet(
+    tiny_recipe: Recipe, tiny: Model, tmp_path: Path
+) -> None:
+    save_model(tiny, tmp_path / "start")
+    plain, beside = (
+        planned(tiny_recipe, tmp_path / "start", finetune) for finetune in (None, {"method": "none", "control": "edge"})
+    )
+    control = build_control(tiny.unet, 4, 4)
+    assert beside.stages[0].parameters == sum(p.numel() for p in control.parameters())
+    assert beside.cache_flops == plain.cache_flops
+    latents, context, picture = torch.randn(1, 4, 16, 16), Context(torch.randn(1, 10, 16)), torch.rand(1, 3, 64, 64)
+    networks = {"unet": tiny.unet, "control": control}
+    with torch.no_grad():
+        forward = flops_of(lambda: predict(networks, latents, torch.zeros(1), context, control=picture))
+    own = beside.stages[0].flops_per_step / tiny_recipe.train.global_batch
+    assert 2 * forward < own < 3 * forward, "the U-Net's first half has no backward pass, its second half half of one"
+
+
+def test_an_inpainting_step_encodes_what_is_outside_the_mask(tiny_recipe: Recipe, tiny: Model, tmp_path: Path) -> None:
+    save_model(tiny, tmp_path / "start")
+    plain, holes = (
+        planned(tiny_recipe, tmp_path / "start", finetune)
+        for finetune in (None, {"method": "full", "inpainting": True})
+    )
+    assert holes.stages[0].parameters == plain.stages[0].parameters + 5 * 8 * 9
+    picture = torch.zeros(1, 3, 64, 64)
+    with torch.no_grad():
+        encode = flops_of(lambda: tiny.vae.encode(picture))
+    more = (holes.stages[0].flops_per_step - plain.stages[0].flops_per_step) / tiny_recipe.train.global_batch
+    convolution = 2 * 2 * 16 * 16 * 5 * 8 * 9  # forward, and the weights' gradient: the input needs none
+    assert more == encode + convolution
 
 
 def test_the_table_ends_with_the_total(plan: Plan) -> None:

@@ -73,7 +73,10 @@ def test_recipe_is_planned_and_trains(path, programs, model, pictures, tree, tmp
     assert tree(tmp_path) == {}, "a dry run writes nothing"
     done = programs("train", "--config", path, *words, cwd=tmp_path)
     assert done.code == 0, done.err
-    assert (tmp_path / "runs" / load_recipe(path).name / "model" / "model_index.json").is_file()
+    recipe = load_recipe(path)
+    follows = recipe.finetune is not None and recipe.finetune.control is not None
+    result = "control/config.json" if follows else "model/model_index.json"
+    assert (tmp_path / "runs" / recipe.name / result).is_file()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from latentgen.data.sources.shapes import ShapesSource
 from latentgen.formats.model_folder import load_model
 from latentgen.formats.opening import open_model
 from latentgen.pipelines.pictures import cells
@@ -21,7 +22,7 @@ from latentgen.pipelines.pictures import cells
 STEP = "latentgen.engine.step:Stepper.__call__"
 RECIPE = """\
 name: tuned
-data: {{size: 24, captions: 2, holdout: 4, flip: true, cache: {cache}}}
+data: {{source: folder, path: {pictures}, resolution: 64, flip: true, cache: {cache}}}
 unet: {{from: {model}}}
 finetune: {finetune}
 diffusion: {{caption_dropout: 0.3}}
@@ -46,8 +47,17 @@ MINI = ("full", "full with text", "lora", "lora everywhere", "dora", "lokr", "lo
 def recipe(folder: Path, model: Path, method: str) -> Path:
     text = METHODS[method]
     prompt = "a red <thing>" if "tokens" in text else "a red circle"
+    pictures = folder.parent / "pictures"
+    if not pictures.is_dir():
+        world = ShapesSource(seed=1, size=24, split="train", resolution=64)
+        pictures.mkdir()
+        for number in range(len(world)):
+            Image.fromarray(world.image(number)).save(pictures / f"{number:02}.png")
+            (pictures / f"{number:02}.txt").write_text(f"a <thing> and {world.captions(number)[0]}")
     path = folder / "tuned.yaml"
-    path.write_text(RECIPE.format(cache=folder.parent / "cache", model=model, finetune=text, prompt=prompt))
+    path.write_text(
+        RECIPE.format(cache=folder.parent / "cache", pictures=pictures, model=model, finetune=text, prompt=prompt)
+    )
     return path
 
 
@@ -161,3 +171,33 @@ def test_frozen_weights_are_in_no_checkpoint(programs: Any, model: Path, tmp_pat
     size = sum(file.stat().st_size for file in (run / "checkpoints/unet/000006").rglob("*") if file.is_file())
     unet = sum(p.numel() for p in load_model(model).unet.parameters()) * 4
     assert size < unet
+
+
+@pytest.mark.parametrize("method", ["lora everywhere", "word", "word and lora", "full with text"])
+def test_averages_of_other_lengths(method: str, programs: Any, model: Path, tmp_path: Path) -> None:
+    """A length that was tracked comes out as it was tracked, and is drawn from; another one is another."""
+    path = recipe(tmp_path, model, method)
+    settings = ("train.ema_lengths=[0.05,0.2]", "train.ema_snapshots=2", "train.ema_precision=fp32")
+    done = programs("train", "--config", path, *settings, cwd=tmp_path)
+    assert done.code == 0, done.err
+    run = tmp_path / "runs/tuned"
+    for length in (0.05, 0.1):
+        made = programs("ema", run, "--length", length, "--out", tmp_path / str(length), cwd=tmp_path)
+        assert made.code == 0, made.err
+    assert _weights(tmp_path / "0.05") != _weights(tmp_path / "0.1")
+    prompt = "a red <thing>" if "word" in method else "a red circle"
+    one, other = (drawn(programs, tmp_path / name, tmp_path, prompt)[0] for name in ("0.05", "0.1"))
+    assert not np.array_equal(one, other)
+    tracked = load_file(next((run / "checkpoints/unet/00000006").glob("ema-*-0.05.safetensors")))
+    if method == "word":
+        found = load_file(tmp_path / "0.05/thing.safetensors")["<thing>"]
+        torch.testing.assert_close(found, tracked["rows.text_encoder"], rtol=0, atol=1e-6)
+
+
+def test_a_word_that_no_caption_has(programs: Any, model: Path, tmp_path: Path) -> None:
+    done = programs("train", "--config", recipe(tmp_path, model, "word"), "finetune.tokens={<toy>: {}}", cwd=tmp_path)
+    assert done.code == 2
+    assert done.errors[-1] == (
+        "error: finetune.tokens: <toy> is in no caption, so nothing would teach it; write it into the captions, such "
+        "as `a photo of <toy>`"
+    )

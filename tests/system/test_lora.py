@@ -16,7 +16,7 @@ from latentgen.models.adapters import AdapterSpec, adapter_parameters, add_adapt
 
 def networks(folder: Path) -> dict[str, torch.nn.Module]:
     opened = load_model(folder)
-    return {"unet": opened.unet, "text_encoder": opened.text_encoder}
+    return {"unet": opened.unet, "text_encoder": opened.towers[0].encoder}
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,10 @@ class Alternating:
         source, number = self._at(index)
         return source.captions(number)
 
+    def control(self, index: int) -> NDArray[np.uint8] | None:
+        source, number = self._at(index)
+        return source.control(number)
+
     def contrasts(self, index: int, caption: str) -> tuple[tuple[str, ...], ...]:
         source, number = self._at(index)
         return source.contrasts(number, caption)

@@ -31,6 +31,10 @@ class Source(Protocol):
         """Its captions, at least one."""
         ...
 
+    def control(self, index: int) -> NDArray[np.uint8] | None:
+        """A second picture of the example for a ControlNet to follow, of the same size; None where there is none."""
+        ...
+
     def contrasts(self, index: int, caption: str) -> tuple[tuple[str, ...], ...]:
         """Captions that are false of the example and differ from its `caption` in one respect, a tuple each respect.
 

@@ -14,8 +14,8 @@ import numpy as np
 from latentgen.core.errors import UserError
 from latentgen.core.files import content_key
 from latentgen.data.images import CROPS, MAX_PIXELS, BadPicture, decode, fit, read_file
-from latentgen.data.sources.folder_captions import CAPTION, with_template
-from latentgen.data.sources.folder_manifest import MISSING, Listing, list_folder, natural
+from latentgen.data.sources.folder_captions import CAPTION, CONTROL_COLUMN, with_template
+from latentgen.data.sources.folder_manifest import CONTROL, MISSING, Listing, list_folder, natural
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +50,11 @@ class FolderSource:
         caption: of pictures that have none in metadata or beside them; its `{caption}` takes those that they have.
         extensions: endings (lower case, with the dot) that make a file a picture.
         max_pixels: larger pictures are skipped.
+        controls: every picture has a second one for a ControlNet to follow, and those belong to the content.
 
     Raises:
-        UserError: no such folder, no pictures, no captions, bad metadata, or every picture broken; `caption` is empty.
+        UserError: no such folder, no pictures, no captions, bad metadata, or every picture broken; `caption` is empty;
+            a second picture that is asked for is missing or broken.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class FolderSource:
         caption: str | None = None,
         extensions: frozenset[str] = EXTENSIONS,
         max_pixels: int = MAX_PIXELS,
+        controls: bool = False,
     ) -> None:
         if crop not in CROPS:
             raise UserError(f"data.crop: {crop!r} is unknown; choose one of {', '.join(CROPS)}")
@@ -95,6 +98,7 @@ class FolderSource:
             raise UserError(
                 f"{self.folder}: none of its {len(names)} pictures can be used ({first}); replace the broken files"
             )
+        self._controls, self._control_digests = self._checked_controls(root, inside, listing) if controls else ([], [])
         self._report(listing)
 
     def __len__(self) -> int:
@@ -103,7 +107,8 @@ class FolderSource:
     def key(self) -> str:
         """The content key: equal keys mean the same pictures and captions in the same order, wherever the folder is."""
         examples = [[digest, *captions] for digest, captions in zip(self._digests, self._captions, strict=True)]
-        return content_key("folder", VERSION, self.resolution, self.crop, examples)
+        seconds = [self._control_digests] if self._control_digests else []
+        return content_key("folder", VERSION, self.resolution, self.crop, examples, *seconds)
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -112,7 +117,13 @@ class FolderSource:
 
     def image(self, index: int) -> np.ndarray:
         """Picture `index`, uint8 [resolution, resolution, 3], sRGB, upright, transparency on white."""
-        path = self.folder / self._names[self._number(index)]
+        return self._read(self.folder / self._names[self._number(index)])
+
+    def control(self, index: int) -> np.ndarray | None:
+        """The second picture of picture `index`, read and cut like the first; None unless asked for with `controls`."""
+        return self._read(self._controls[self._number(index)]) if self._controls else None
+
+    def _read(self, path: Path) -> np.ndarray:
         try:
             return fit(decode(path, max_pixels=self.max_pixels, short_side=self.resolution), self.resolution, self.crop)
         except BadPicture as error:
@@ -130,6 +141,25 @@ class FolderSource:
     def name(self, index: int) -> str:
         """Path of picture `index` relative to the folder, with forward slashes."""
         return _shown(self._names[self._number(index)])
+
+    def _checked_controls(self, root: Path, inside: str, listing: Listing) -> tuple[list[Path], list[str]]:
+        """Paths and SHA-256 of the second pictures."""
+        found = [listing.controls.get(inside + name) for name in self._names]
+        paths = [root / control for control in found if control is not None]
+        missing = [name for name, control in zip(self._names, found, strict=True) if control is None]
+        if missing:
+            stem = Path(missing[0]).stem
+            raise UserError(
+                f"{self.folder}: {len(missing)} of {len(found)} pictures have none to follow, the first is "
+                f"{_shown(missing[0])}; put {_shown(stem)}{CONTROL}.png beside it, or name its file in the metadata's "
+                f"column {CONTROL_COLUMN}"
+            )
+        checked = _check_all(paths, self.max_pixels)
+        broken = [(path, reason) for path, (digest, reason) in zip(paths, checked, strict=True) if not digest]
+        if broken:
+            path, reason = broken[0]
+            raise UserError(f"{_shown(str(path))}: {reason}; replace this picture, which a ControlNet is to follow")
+        return paths, [digest for digest, _ in checked]
 
     def _number(self, index: int) -> int:
         if not 0 <= index < len(self._names):

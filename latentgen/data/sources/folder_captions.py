@@ -15,6 +15,8 @@ from latentgen.core.errors import UserError
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION = "{caption}"
 """Where a template takes a picture's own caption."""
+CONTROL_COLUMN = "conditioning_image"
+"""Of metadata: the picture for a ControlNet to follow; the name is that of diffusers' training scripts."""
 # Names that cameras and programs give; alone they say nothing about a picture.
 _NO_WORDS = frozenset(
     (
@@ -69,6 +71,24 @@ def read_metadata(path: Path, columns: tuple[str, ...]) -> dict[str, tuple[str, 
             f"{path}: no captions found: its columns are {', '.join(present)}; name the caption's column "
             f"{' or '.join(columns)}"
         )
+    return found
+
+
+def read_controls(path: Path) -> dict[str, str]:
+    """`file_name` -> what stands in the column `conditioning_image` of its last row that has one; rows that
+    `read_metadata` would refuse are passed over.
+
+    Raises:
+        UserError: the file cannot be understood, or a cell is not text.
+    """
+    found: dict[str, str] = {}
+    for line, row in _csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path):
+        name, control = row.get("file_name"), row.get(CONTROL_COLUMN)
+        if control is None or control == "" or not isinstance(name, str):
+            continue
+        if not isinstance(control, str) or "\0" in control:
+            raise UserError(f"{path}, line {line}: {CONTROL_COLUMN} is no file name; write the name of a picture")
+        found[name.strip()] = control.strip()
     return found
 
 

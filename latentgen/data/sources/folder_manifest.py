@@ -14,7 +14,14 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
-from latentgen.data.sources.folder_captions import METADATA, caption_of_name, read_metadata, read_sidecar, with_template
+from latentgen.data.sources.folder_captions import (
+    METADATA,
+    caption_of_name,
+    read_controls,
+    read_metadata,
+    read_sidecar,
+    with_template,
+)
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +29,8 @@ MISSING = "no caption"
 """How reasons begin that a caption for all would do away with."""
 NO_CAPTION = f"{MISSING} in metadata"
 NO_WORDS = f"{MISSING}: no .txt beside it, and no words in its name"
+CONTROL = ".control"
+"""End of the stem of a picture for a ControlNet to follow."""
 OUTSIDE = "leads outside the folder of pictures; put a copy of the file inside"
 
 Captions = tuple[str, ...]
@@ -29,9 +38,13 @@ Captions = tuple[str, ...]
 
 @dataclass
 class Listing:
-    """Captions by the picture's path relative to the root, and what was left out and why; both in natural order."""
+    """Captions by the picture's path relative to the root, and what was left out and why; both in natural order.
+
+    `controls`: by the same path, that of the second picture for a ControlNet to follow, where there is one.
+    """
 
     captions: dict[str, Captions] = field(default_factory=dict)
+    controls: dict[str, str] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     other_files: int = 0
     from_names: int = 0
@@ -51,6 +64,9 @@ def list_folder(
     The nearest metadata file that lists a picture, going up from its own folder to `root`, gives its captions. Where no
     metadata file is met on that way, a text file of the same stem does, and else the words of the file's name.
 
+    `NAME.control.png` (or another ending) beside `NAME.png` is not a picture of its own but the one that a ControlNet
+    follows; so is what the metadata's column `conditioning_image` names.
+
     Args:
         template: takes the place of the words of names: it is the caption of pictures for which none is written, and
             its `{caption}` takes those that are.
@@ -60,12 +76,15 @@ def list_folder(
     """
     listing = Listing()
     files = _walk(base, root, listing)
-    tables = {folder: _table(root, folder, names, columns, listing) for folder, names in _folders(root, base, files)}
+    folders = _folders(root, base, files)
+    tables = {folder: _table(root, folder, names, columns, listing) for folder, names in folders}
     tables = {folder: table for folder, table in tables.items() if table is not None}
     inside = posixpath.join(_relative(base, root), "")
     listed = {name for table in tables.values() for name in table if name.startswith(inside)}
     on_disk = {posixpath.join(folder, name) for folder, names in files.items() for name in names}
     pictures = {name for name in on_disk if posixpath.splitext(name)[1].lower() in extensions}
+    controls = _controls(root, folders, pictures, listed)
+    pictures -= set(controls.values())
     real_root = os.path.realpath(root)
     listing.other_files = len(on_disk - pictures)
     for name in sorted(pictures | listed, key=natural):
@@ -77,6 +96,8 @@ def list_folder(
             continue
         captions, from_name = found
         listing.captions[name] = captions
+        if name in controls:
+            listing.controls[name] = controls[name]
         listing.from_names += from_name
     listing.skipped.sort(key=lambda item: natural(item[0]))
     return listing
@@ -127,6 +148,25 @@ def _table(
         else:
             table[name] = tuple(dict.fromkeys((*table.get(name, ()), *captions)))
     return table
+
+
+def _controls(root: Path, folders: list[tuple[str, list[str]]], pictures: set[str], listed: set[str]) -> dict[str, str]:
+    """Picture -> the picture to follow, both relative to the root: by the nearest metadata file that names one, else by
+    its name, unless it is `listed` as a picture of its own. What leads outside or is missing is none."""
+    of_stem = {posixpath.splitext(name)[0]: name for name in sorted(pictures, key=natural, reverse=True)}
+    found: dict[str, str] = {}
+    for stem, name in of_stem.items():
+        picture = of_stem.get(stem.removesuffix(CONTROL))
+        if stem.endswith(CONTROL) and picture is not None and name not in listed:
+            found[picture] = name
+    for folder, names in sorted(folders):  # deeper folders come later, and win
+        kind = next((name for name in METADATA if name in names), None)
+        for file_name, control in read_controls(root / folder / kind).items() if kind is not None else ():
+            picture, path = (_inside(root, folder, text) for text in (file_name, control))
+            if picture is not None and path is not None and path != picture and _is_file(root / path):
+                found[picture] = path
+    real_root = os.path.realpath(root)
+    return {k: path for k, path in found.items() if Path(os.path.realpath(root / path)).is_relative_to(real_root)}
 
 
 def _inside(root: Path, folder: str, file_name: str) -> str | None:

@@ -56,6 +56,10 @@ class MadePictures:
         del index
         return (self.caption,)
 
+    def control(self, index: int) -> None:
+        """None: they are pictures of words alone."""
+        del index
+
     def contrasts(self, index: int, caption: str) -> tuple[tuple[str, ...], ...]:
         """None: nobody has looked at them."""
         del index, caption

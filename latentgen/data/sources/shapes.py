@@ -93,6 +93,10 @@ class ShapesSource:
         """True captions of picture `index`; the first is the default, one says everything, others say less."""
         return captions_of(self.scene(index), _words(self.seed, self.split, index))
 
+    def control(self, index: int) -> None:
+        """None: the world has no second pictures."""
+        del index
+
     def contrasts(self, index: int, caption: str) -> tuple[tuple[str, ...], ...]:
         """False captions of picture `index`: one shape, colour, size, count, relation or background is changed.
 

@@ -40,6 +40,9 @@ class Subset:
     def captions(self, index: int) -> tuple[str, ...]:
         return self.source.captions(self.indices[index])
 
+    def control(self, index: int) -> NDArray[np.uint8] | None:
+        return self.source.control(self.indices[index])
+
     def contrasts(self, index: int, caption: str) -> tuple[tuple[str, ...], ...]:
         return self.source.contrasts(self.indices[index], caption)
 

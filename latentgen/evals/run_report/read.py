@@ -25,7 +25,7 @@ REGULAR = ("train", "validation", "preview")
 NAMES = {"vae": "Autoencoder", "clip": "Text encoder", "unet": "U-Net"}
 ORDER = tuple(NAMES)
 SECTIONS = {"vae": "autoencoder", "clip": "text_encoder"}
-KNOWN_FOLDERS = {"checkpoints", "samples", "stages", "model", "tensorboard", "trackers"}
+KNOWN_FOLDERS = {"checkpoints", "samples", "stages", "model", "control", "tensorboard", "trackers"}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Models in one file, in the layout of the original programs: `read` and `write`."""
