@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 SHOWN = 16
 """Examples named in one line of the log; `metrics.jsonl` has all."""
 
+PART = 1 << 28
+"""Bytes of weights whose averages are moved at once, for which as many more are needed."""
+
 HELD = 16
 """Verdicts, one for each phase of a step, whose batches are held until they are read; of earlier ones nobody looks into
 the data any more."""
@@ -258,8 +261,21 @@ def lerp_unless(skip: Tensor, mine: list[Tensor], theirs: list[Tensor], weight: 
 @torch.no_grad()
 def lerp_on_device(skip: Tensor, mine: list[Tensor], theirs: list[Tensor], weight: float) -> None:
     """`lerp_unless` without reading `skip`."""
-    along = torch._foreach_sub(mine, theirs)
-    torch._fused_sgd_(
-        mine, along, [], weight_decay=0.0, momentum=0.0, lr=weight, dampening=0.0, nesterov=False, maximize=False,
-        is_first_step=False, grad_scale=None, found_inf=skip,
-    )  # fmt: skip
+    for part in parts_of(mine):
+        along = torch._foreach_sub(mine[part], theirs[part])
+        torch._fused_sgd_(
+            mine[part], along, [], weight_decay=0.0, momentum=0.0, lr=weight, dampening=0.0, nesterov=False,
+            maximize=False, is_first_step=False, grad_scale=None, found_inf=skip,
+        )  # fmt: skip
+
+
+def parts_of(tensors: Sequence[Tensor]) -> list[slice]:
+    """Runs of tensors that are worked on at once: of `PART` bytes at most, or of one tensor."""
+    parts, start, size = [], 0, 0
+    for number, tensor in enumerate(tensors):
+        own = tensor.numel() * tensor.itemsize
+        if number > start and size + own > PART:
+            parts.append(slice(start, number))
+            start, size = number, 0
+        size += own
+    return [*parts, slice(start, len(tensors))] if tensors else parts

@@ -188,7 +188,9 @@ def add_adapters(networks: Mapping[str, nn.Module], spec: AdapterSpec) -> None:
         for parameter in adapter_parameters(network).values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-        assert set(adapter_factors(network)) == set(targets[name]), "peft matched other modules"
+        adapted = [path for path, module in network.named_modules() if isinstance(module, BaseTunerLayer)]
+        matched = {path.removeprefix("text_model.") for path in adapted}
+        assert matched == set(targets[name]), "peft matched other modules"
 
 
 def _config(spec: AdapterSpec, targets: list[str]) -> LoraConfig | LoKrConfig | LoHaConfig:

@@ -27,6 +27,8 @@ from latentgen.models.unet import count_parameters, predict
 from latentgen.recipe import build
 from latentgen.recipe.conditions import starting_model
 from latentgen.recipe.load import dump_recipe
+from latentgen.recipe.memory import plan_memory
+from latentgen.recipe.presets import filled
 from latentgen.recipe.prior import class_folder
 from latentgen.recipe.schema import Recipe
 
@@ -115,7 +117,8 @@ def make_plan(recipe: Recipe, examples: int | None = None) -> Plan:
     Raises:
         UserError: the recipe's parts do not fit together, or a `from:` folder or the data are missing.
     """
-    examples = examples or _examples(recipe)
+    if examples is None:
+        examples = mixed_count(recipe, len(build.examples(recipe).training))
     side, stages, prior_flops = recipe.data.resolution, [], 0.0
     with torch.device("meta"):
         vae, model = _vae(recipe), None
@@ -154,9 +157,8 @@ def make_plan(recipe: Recipe, examples: int | None = None) -> Plan:
     return Plan(tuple(stages), cost, disk, prior_flops, made * 3 * side * side)
 
 
-def _examples(recipe: Recipe) -> int:
-    """How many examples are trained on, class pictures included."""
-    own = len(build.examples(recipe).training)
+def mixed_count(recipe: Recipe, own: int) -> int:
+    """How many examples are trained on, class pictures included, where there are `own` others."""
     prior = recipe.finetune.prior if recipe.finetune is not None else None
     if prior is None:
         return own
@@ -281,5 +283,7 @@ def describe(recipe: Recipe) -> str:
     Raises:
         UserError: a mistake that can be found without training.
     """
+    pictures = len(build.examples(recipe).training)
+    recipe = filled(recipe, pictures)
     build.check(recipe, processes=1)
-    return f"{dump_recipe(recipe)}\n{make_plan(recipe).table()}"
+    return f"{dump_recipe(recipe)}\n{make_plan(recipe, mixed_count(recipe, pictures)).table()}\n\n{plan_memory(recipe)}"

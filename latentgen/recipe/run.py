@@ -61,6 +61,7 @@ from latentgen.recipe.finetune import (
 )
 from latentgen.recipe.load import dump_recipe, load_recipe
 from latentgen.recipe.plan import Plan, make_plan
+from latentgen.recipe.presets import filled
 from latentgen.recipe.prior import make_class_pictures, with_prior
 from latentgen.recipe.reporting import Reporter, note_start
 from latentgen.recipe.schema import Recipe
@@ -96,13 +97,14 @@ class Run:
     """
 
     def __init__(self, recipe: Recipe, root: Path, device: str | None = None) -> None:
+        self.examples = build.examples(recipe)
+        recipe = filled(recipe, len(self.examples.training))
         self.recipe, self.folder = recipe, RunFolder(root / recipe.name)
         self.report = Reporter(self.folder.path)
         self.world: World = make_world(recipe.train.precision, recipe.train.processes, device)
         self.accelerator: Accelerator = self.world.accelerator
         self.watch = Watch(self.accelerator)
         self.on_cpu = self.accelerator.device.type == "cpu"
-        self.examples = build.examples(recipe)
         weights = _from_weights(recipe)
         self.source: Source = with_prior(recipe, self.examples.training, weights)
         self.inputs = {"data": self.source.key(), "from": weights}

@@ -262,6 +262,10 @@ class Finetune(Section):
     """What is trained of the model in `unet.from`, and how. Results: runs/NAME/adapter, for `full` model, for
     `control` control."""
 
+    preset: Literal["subject", "style"] | None = Field(
+        default=None,
+        description="fill in what is not set here, for one thing or for a way of drawing, by the number of pictures",
+    )
     method: Literal["full", "lora", "dora", "lokr", "loha", "none"] = Field(
         default="lora",
         description="the U-Net's weights (full), small matrices beside them, or none (with `tokens` or `control`)",
@@ -473,6 +477,8 @@ class Recipe(Section):
             raise ValueError("finetune.prior.prompt: say what class the subject belongs to, such as `a dog`")
         if f.prior is not None and f.control is not None:
             raise ValueError("finetune.prior: a ControlNet learns no subject; leave it out")
+        if f.preset is not None and f.control is not None:
+            raise ValueError("finetune.preset: there is none for a ControlNet; leave it out")
 
     def stage_train(self, stage: str) -> Train:
         """The training settings of a stage: its own where given, `train`'s otherwise."""
