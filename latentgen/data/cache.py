@@ -88,7 +88,7 @@ class ArrayCache:
     def _fill(self, compute: Callable[[range], NDArray[np.float16]], rank: int, world: int, chunk: int) -> None:
         if rank == 0:
             self._allocate()
-        self._wait(self.values.is_file)
+        wait_for(self.values.is_file, self.folder)
         (self.folder / "done").mkdir(exist_ok=True)
         chunks = [range(at, min(at + chunk, self.rows)) for at in range(0, self.rows, chunk)]
         mine = [part for part in chunks[rank::world] if not self._marker(part).is_file()]
@@ -102,10 +102,10 @@ class ArrayCache:
                 os.fsync(file.fileno())
                 self._marker(part).touch()
         if rank == 0:
-            self._wait(lambda: all(self._marker(part).is_file() for part in chunks))
+            wait_for(lambda: all(self._marker(part).is_file() for part in chunks), self.folder)
             fsync_folder(self.folder)
             write_json(self.folder / "cache.json", {"what": self.what, "rows": self.rows, "shape": list(self.shape)})
-        self._wait(self.complete)
+        wait_for(self.complete, self.folder)
 
     def _marker(self, part: range) -> Path:
         return self.folder / "done" / f"{part.start}-{part.stop}"
@@ -122,11 +122,16 @@ class ArrayCache:
         del array
         aside.rename(self.values)
 
-    def _wait(self, ready: Callable[[], bool]) -> None:
-        """Wait on the disk, not in a collective call that would time out while another process is still computing."""
-        begun, told = time.monotonic(), False
-        while not ready():
-            if time.monotonic() - begun > PATIENCE and not told:
-                logger.warning("still waiting for other processes to fill %s (do all of them share it?)", self.folder)
-                told = True
-            time.sleep(0.05)
+
+def wait_for(ready: Callable[[], bool], folder: Path) -> None:
+    """Wait on the disk, not in a collective call that would time out while another process is still computing.
+
+    Args:
+        folder: what is being filled, for the warning.
+    """
+    begun, told = time.monotonic(), False
+    while not ready():
+        if time.monotonic() - begun > PATIENCE and not told:
+            logger.warning("still waiting for other processes to fill %s (do all of them share it?)", folder)
+            told = True
+        time.sleep(0.05)

@@ -138,6 +138,15 @@ def _require_multiple(vae: Vae, image: Tensor) -> None:
         )
 
 
+def at_once(height: int, width: int) -> int:
+    """How many pictures of so many pixels go through an autoencoder together: of 512 x 512 one.
+
+    Stable Diffusion's needs some 2 GiB for each such picture in float32, far more than anything else that is done
+    without gradients; and one of that size keeps a GPU busy.
+    """
+    return max(1, 512 * 512 // (height * width))
+
+
 def encode_moments(vae: Vae, image: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the raw latents of pictures; an AutoencoderTiny gives one latent, not a spread.
 

@@ -30,7 +30,7 @@ from latentgen.diffusion.wrappers import masked
 from latentgen.formats.fitted_schedules import Fitted, find_fitted
 from latentgen.formats.model import Model
 from latentgen.formats.scheduler import usual_schedule
-from latentgen.models.autoencoder import decode, factor
+from latentgen.models.autoencoder import at_once, decode, factor
 from latentgen.pipelines.editing import check_edit, given, steps_left, strength_of
 from latentgen.pipelines.guiding import Wish, check_guidance, check_negative_prompt, guided, split_prompt, weak_model
 from latentgen.pipelines.pictures import to_pictures
@@ -125,7 +125,9 @@ def generate(
         group = list(alike)
         for at in range(0, len(group), batch_size):
             batch = group[at : at + batch_size]
-            yield from to_pictures(decode(model.vae, _latents(model, weak[batch[0].guidance], batch, on_step)))
+            latents = _latents(model, weak[batch[0].guidance], batch, on_step)
+            for part in latents.split(at_once(batch[0].height, batch[0].width)):
+                yield from to_pictures(decode(model.vae, part))
 
 
 def _sigmas(request: Request, model: Model) -> Tensor:

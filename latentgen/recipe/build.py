@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -36,7 +37,7 @@ from latentgen.models.unet import build_unet
 from latentgen.pipelines.generate import FITTED, Request
 from latentgen.pipelines.guiding import check_negative_prompt, split_prompt
 from latentgen.recipe.process import check_objective, check_process, process
-from latentgen.recipe.schema import Autoencoder, Recipe, TextEncoder, UNet
+from latentgen.recipe.schema import Autoencoder, Prior, Recipe, TextEncoder, UNet
 from latentgen.tasks.diffusion import LEVELS, Objective
 from latentgen.tasks.vae import VaeLosses
 
@@ -75,11 +76,12 @@ def examples(recipe: Recipe) -> Examples:
         )
         return Examples(training, ShapesSource(seed=seed, size=data.holdout, split="train", resolution=data.resolution))
     assert data.path is not None
-    whole = FolderSource(path=data.path, split=data.split, resolution=data.resolution, crop=data.crop)
+    common: dict[str, Any] = {"resolution": data.resolution, "crop": data.crop, "caption": data.caption}
+    whole = FolderSource(path=data.path, split=data.split, **common)
     beside, skipped = Path(data.path) / "validation", dict(whole.skipped)
     path = data.validation or (str(beside) if beside.is_dir() else None)
     if path is not None and Path(path).resolve() != whole.folder.resolve():
-        others = FolderSource(path=path, resolution=data.resolution, crop=data.crop)
+        others = FolderSource(path=path, **common)
         return Examples(whole, _some(others, data.holdout), True, skipped)
     kept, chosen = hold_out(whole.digests, data.holdout if path is None else 0)
     if not chosen:
@@ -110,6 +112,11 @@ def check(recipe: Recipe, processes: int) -> None:
         _warn_of_ignored(section, getattr(recipe, section))
     if recipe.text_encoder.contrasts and recipe.text_encoder.source is None and recipe.data.source != "shapes":
         logger.warning("text_encoder.contrasts is ignored: no captions are known to be false of a picture in a folder")
+    prior = recipe.finetune.prior if recipe.finetune is not None else None
+    if prior is not None and prior.path is not None and prior.pictures != Prior(prompt=prior.prompt).pictures:
+        logger.warning("finetune.prior.pictures is ignored: all pictures of finetune.prior.path are used")
+    if recipe.data.caption is not None and recipe.data.source != "folder":
+        logger.warning("data.caption is ignored: the pictures of data.source %s have captions", recipe.data.source)
     if recipe.data.validation is not None and not Path(recipe.data.validation).is_dir():
         raise UserError(f"{recipe.data.validation}: no such folder; check data.validation")
 
@@ -125,7 +132,9 @@ def _check_previews(recipe: Recipe) -> None:
         raise UserError(f"preview.sampler: {p.sampler} adds normal noise, which is not PFGM++'s; choose heun")
     check_negative_prompt(p.guidance, p.negative_prompt)
     levels = range(p.num_inference_steps, -1, -1)
-    for prompt in p.prompts:
+    prior = recipe.finetune.prior if recipe.finetune is not None else None
+    made = [prior.prompt] if prior is not None and prior.path is None else []
+    for prompt in (*p.prompts, *made):
         _, weights = split_prompt(prompt, p.guidance)
         build_guidance(parse(p.guidance), p.guidance_scale, p.sampler, levels, weights)
 
@@ -330,23 +339,25 @@ def posterior(recipe: Recipe) -> str:
 
 def previews(recipe: Recipe) -> list[Request]:
     """The requests of a preview, `preview.num` of each prompt in a row."""
+    p = recipe.preview
+    return [request(recipe, prompt, p.seed + number) for prompt in p.prompts for number in range(p.num)]
+
+
+def request(recipe: Recipe, prompt: str, seed: int) -> Request:
+    """A picture as the recipe's `preview` section says, of the side that is trained."""
     p, side = recipe.preview, recipe.data.resolution
-    return [
-        Request(
-            prompt,
-            negative_prompt=p.negative_prompt,
-            seed=p.seed + number,
-            num_inference_steps=p.num_inference_steps,
-            guidance_scale=p.guidance_scale,
-            guidance=p.guidance,
-            sampler=p.sampler,
-            schedule=p.schedule,
-            height=side,
-            width=side,
-        )
-        for prompt in p.prompts
-        for number in range(p.num)
-    ]
+    return Request(
+        prompt,
+        negative_prompt=p.negative_prompt,
+        seed=seed,
+        num_inference_steps=p.num_inference_steps,
+        guidance_scale=p.guidance_scale,
+        guidance=p.guidance,
+        sampler=p.sampler,
+        schedule=p.schedule,
+        height=side,
+        width=side,
+    )
 
 
 def loop_settings(recipe: Recipe, stage: str) -> LoopSettings:

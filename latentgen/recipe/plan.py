@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentgen.core.log import counted
+from latentgen.data.sources import alternating
 from latentgen.engine.muon import matrices_of, orthogonalised
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import load_model
-from latentgen.models.autoencoder import AutoencoderForTraining, factor
+from latentgen.models.autoencoder import AutoencoderForTraining, decode, factor
 from latentgen.models.clip import ClipForTraining
 from latentgen.models.context import Context, size_count
 from latentgen.models.late_interaction import late_similarity
@@ -25,6 +26,7 @@ from latentgen.models.text import encode_tokens, prompt_length
 from latentgen.models.unet import count_parameters
 from latentgen.recipe import build
 from latentgen.recipe.load import dump_recipe
+from latentgen.recipe.prior import class_folder
 from latentgen.recipe.schema import Recipe
 
 PROBE = 2
@@ -54,18 +56,21 @@ class Plan:
     stages: tuple[StagePlan, ...]
     cache_flops: float
     cache_disk: int
+    prior_flops: float = 0.0
+    prior_disk: int = 0
 
     @property
     def flops(self) -> float:
-        """FLOPs of training and caching, as torch's FlopCounterMode counts them (multiply and add are two).
+        """FLOPs of training, caching and class pictures, as torch's FlopCounterMode counts them (multiply and add are
+        two).
 
         Left out: the critic and the perceptual network, previews, validation.
         """
-        return sum(stage.flops for stage in self.stages) + self.cache_flops
+        return sum(stage.flops for stage in self.stages) + self.cache_flops + self.prior_flops
 
     @property
     def disk(self) -> int:
-        return sum(stage.disk for stage in self.stages) + self.cache_disk
+        return sum(stage.disk for stage in self.stages) + self.cache_disk + self.prior_disk
 
     def table(self) -> str:
         """The plan for a reader."""
@@ -75,6 +80,8 @@ class Plan:
                 f"{s.name:<8}{counted(s.parameters):>12}{s.steps:>8}{s.global_batch:>7}"
                 f"{s.flops_per_step:>12.2e}{s.flops:>12.2e}{s.disk / 2**20:>10.0f}"
             )
+        if self.prior_flops:
+            lines.append(f"{'prior':<8}{'':>39}{self.prior_flops:>12.2e}{self.prior_disk / 2**20:>10.0f}")
         lines.append(f"{'caches':<8}{'':>39}{self.cache_flops:>12.2e}{self.cache_disk / 2**20:>10.0f}")
         lines.append(f"{'total':<8}{'':>39}{self.flops:>12.2e}{self.disk / 2**20:>10.0f}")
         return "\n".join(lines)
@@ -107,8 +114,8 @@ def make_plan(recipe: Recipe, examples: int | None = None) -> Plan:
     Raises:
         UserError: the recipe's parts do not fit together, or a `from:` folder or the data are missing.
     """
-    examples = examples or len(build.examples(recipe).training)
-    side, stages = recipe.data.resolution, []
+    examples = examples or _examples(recipe)
+    side, stages, prior_flops = recipe.data.resolution, [], 0.0
     with torch.device("meta"):
         vae, model = _vae(recipe), None
         image = torch.empty(PROBE, 3, side, side)
@@ -128,11 +135,33 @@ def make_plan(recipe: Recipe, examples: int | None = None) -> Plan:
         latents = torch.empty(PROBE, vae.config["latent_channels"], reduced, reduced)
         flops = _training_flops(unet.train(), latents, torch.empty(PROBE), **context.inputs())
         stages.append(_stage(recipe, "unet", unet, flops))
+        made = _made(recipe)
+        if made:
+            once = flops_of(lambda: unet.eval()(latents, torch.empty(PROBE), **context.inputs())) / PROBE
+            decoded = flops_of(lambda: decode(vae, latents)) / PROBE
+            guided = 1 if recipe.preview.guidance_scale == 1 else 2
+            prior_flops = made * (recipe.preview.num_inference_steps * guided * once + decoded)
         pictures = examples * (1 + recipe.data.flip)
         encode = flops_of(lambda: vae.encode(image)) / PROBE
     captions = examples * (recipe.data.captions or 4)  # an upper guess: equal captions are cached once
     disk = 2 * (pictures * 2 * latents[0].numel() + captions * context.states[0].numel())
-    return Plan(tuple(stages), pictures * encode + captions * text_flops, disk)
+    cost = pictures * encode + captions * text_flops
+    return Plan(tuple(stages), cost, disk, prior_flops, made * 3 * side * side)
+
+
+def _examples(recipe: Recipe) -> int:
+    """How many examples are trained on, class pictures included."""
+    own = len(build.examples(recipe).training)
+    prior = recipe.finetune.prior if recipe.finetune is not None else None
+    if prior is None:
+        return own
+    return alternating.length(own, prior.pictures if prior.path is None else len(class_folder(recipe)))
+
+
+def _made(recipe: Recipe) -> int:
+    """How many class pictures are made (where they are not there already)."""
+    prior = recipe.finetune.prior if recipe.finetune is not None else None
+    return prior.pictures if prior is not None and prior.path is None else 0
 
 
 def _existing(folder: str) -> Model:

@@ -26,6 +26,7 @@ from latentgen.core.files import clear_leftovers, content_key, file_sha256, writ
 from latentgen.core.runfolder import ADAPTER_INDEX, RunFolder
 from latentgen.data.fetch import CachedBatches, PictureBatches, to_tensor
 from latentgen.data.loader import Loader
+from latentgen.data.sources.alternating import Alternating
 from latentgen.data.sources.base import Source
 from latentgen.engine.agreement import held
 from latentgen.engine.guard import require_finite
@@ -56,6 +57,7 @@ from latentgen.recipe.finetune import (
 )
 from latentgen.recipe.load import dump_recipe, load_recipe
 from latentgen.recipe.plan import Plan, make_plan
+from latentgen.recipe.prior import make_class_pictures, with_prior
 from latentgen.recipe.reporting import Reporter, note_start
 from latentgen.recipe.schema import Recipe
 from latentgen.recipe.validation import validation, wanted
@@ -97,8 +99,9 @@ class Run:
         self.watch = Watch(self.accelerator)
         self.on_cpu = self.accelerator.device.type == "cpu"
         self.examples = build.examples(recipe)
-        self.source: Source = self.examples.training
-        self.inputs = {"data": self.source.key(), "from": _from_weights(recipe)}
+        weights = _from_weights(recipe)
+        self.source: Source = with_prior(recipe, self.examples.training, weights)
+        self.inputs = {"data": self.source.key(), "from": weights}
         self._refuse_another_recipe()
 
     def train(self) -> Path:
@@ -299,6 +302,14 @@ class Run:
             tokenizer = CLIPTokenizer.from_pretrained(result / "tokenizer")
         return (Tower("text_encoder", self._frozen(text_encoder), tokenizer),), False, load_clip(result / "clip")
 
+    def _class_pictures(self, model: Model) -> None:
+        """Draw them, while the model still is what training starts from."""
+        if isinstance(self.source, Alternating):
+            model.unet.to(self.accelerator.device)
+            self.watch.mark("class pictures")
+            with self.watch.following(model.networks().values()):
+                make_class_pictures(self.recipe, model, self.source, self._share())
+
     def _unet(self, model: Model) -> Model:
         """The model with the networks that this stage trained, read back from its result."""
         result = self.folder.result("unet")
@@ -310,6 +321,7 @@ class Run:
         recipe = self.recipe
         if result.is_dir():
             return
+        self._class_pictures(model)
         training = prepare(recipe, model)
         model = training.model
         for network in model.networks().values():
@@ -346,9 +358,12 @@ class Run:
 
         self._stage(task, fetch, finish, measured)
 
+    def _share(self) -> Share:
+        return Share(self.accelerator.process_index, self.accelerator.num_processes, self.watch.move)
+
     def _cached(self, training: Training, source: Source) -> CachedBatches:
         model = training.model
-        share = Share(self.accelerator.process_index, self.accelerator.num_processes, self.watch.move)
+        share = self._share()
         cache, data = Path(self.recipe.data.cache), self.recipe.data
         with self.watch.following([model.vae, *(tower.encoder for tower in model.towers)]):
             self.watch.mark("caching latents")
@@ -365,6 +380,8 @@ class Run:
             whole = (data.resolution, data.resolution)
             row = sizes_of(model.sizes, whole, (0, 0), whole, AESTHETIC_SCORE)
             values["sizes"] = np.tile(np.array(row, dtype=np.float32), (len(source), 1))
+        if isinstance(source, Alternating):
+            values["weight"] = source.weights()
         return CachedBatches(moments, texts, rows, self.recipe.diffusion.caption_dropout, values)
 
     def _frozen(self, network: Any) -> Any:

@@ -39,6 +39,11 @@ class Data(Section):
     )
     size: int = Field(default=20_000, ge=1, description="examples in the procedural world")
     captions: int | None = Field(default=None, ge=1, description="use at most so many captions an example (null: all)")
+    caption: str | None = Field(
+        default=None,
+        description="caption of pictures for which none is written, such as `a photo of sks dog`; `{caption}` in it "
+        "takes those that are (source: folder)",
+    )
     holdout: int = Field(
         default=64,
         ge=1,
@@ -463,6 +468,8 @@ class Recipe(Section):
             raise ValueError("finetune.layouts: diffusers knows no loha; write kohya or comfyui")
         if f.prior is not None and not f.prior.prompt:
             raise ValueError("finetune.prior.prompt: say what class the subject belongs to, such as `a dog`")
+        if f.prior is not None and f.control is not None:
+            raise ValueError("finetune.prior: a ControlNet learns no subject; leave it out")
 
     def stage_train(self, stage: str) -> Train:
         """The training settings of a stage: its own where given, `train`'s otherwise."""

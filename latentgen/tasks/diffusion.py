@@ -228,7 +228,7 @@ class DiffusionTask:
         if "log_variance" in self.modules:
             u = self.modules["log_variance"](d.sigma)
             if o.balanced:
-                loss = each * torch.exp(-u) + u
+                loss = d.share * (each * torch.exp(-u) + u)
             else:  # learned beside the network: its gradient is added, its value is not
                 learned = LEARNED_SCALE * (each.detach() * torch.exp(-u) + u)
                 loss = loss + learned - learned.detach()

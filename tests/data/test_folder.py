@@ -334,6 +334,58 @@ def test_index_out_of_range(tmp_path):
             source.image(index)
 
 
+# ---- a caption for those that have none
+
+
+def test_pictures_without_captions_get_the_template(tmp_path):
+    for name in ("IMG_0001.png", "sleeping dog.png", "with text.png", "empty.png"):
+        draw(tmp_path / name)
+    (tmp_path / "with text.txt").write_text("on a sofa\nasleep")
+    (tmp_path / "empty.txt").write_text("\n")
+    plain = "a photo of sks dog"
+    source = opened(tmp_path, caption=plain)
+    assert captions(source) == {
+        "IMG_0001.png": (plain,),
+        "empty.png": (plain,),
+        "sleeping dog.png": (plain,),
+        "with text.png": ("on a sofa", "asleep"),
+    }
+    assert source.skipped == []
+    wrapped = captions(opened(tmp_path, caption=f"{plain}, {{caption}}, best quality"))
+    assert wrapped["with text.png"] == (f"{plain}, on a sofa, best quality", f"{plain}, asleep, best quality")
+    assert wrapped["IMG_0001.png"] == (f"{plain}, best quality",)
+    assert captions(opened(tmp_path, caption=f"{plain}, {{caption}}"))["IMG_0001.png"] == (plain,)
+
+
+def test_the_template_completes_metadata_too(tmp_path):
+    for number, name in enumerate(["a.png", "b.png", "c.png"]):
+        draw(tmp_path / name, number)
+    jsonl(tmp_path, {"file_name": "a.png", "text": "a cat"}, {"file_name": "b.png", "text": ""})
+    assert list(captions(opened(tmp_path))) == ["a.png"]
+    assert captions(opened(tmp_path, caption="photo. {caption}")) == {
+        "a.png": ("photo. a cat",),
+        "b.png": ("photo.",),
+        "c.png": ("photo.",),
+    }
+    (tmp_path / "d.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "metadata.jsonl").unlink()
+    draw(tmp_path / "d.png")
+    unreadable = opened(tmp_path, caption="x")
+    assert unreadable.skipped == [("d.png", "d.txt is not UTF-8 text")], "a caption that is there is not passed over"
+
+
+def test_the_template_is_part_of_the_key(tmp_path):
+    draw(tmp_path / "1.png")
+    assert opened(tmp_path, caption="a dog").key() == opened(tmp_path, caption="a  dog").key()
+    assert opened(tmp_path, caption="a dog").key() != opened(tmp_path, caption="a cat").key()
+
+
+def test_without_captions_the_error_names_the_key(tmp_path):
+    draw(tmp_path / "IMG_0001.png")
+    assert "data.caption=" in error_of(tmp_path)
+    assert "data.caption: '{caption}, ' says nothing of a picture without" in error_of(tmp_path, caption="{caption}, ")
+
+
 # ---- splits
 
 

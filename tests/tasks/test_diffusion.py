@@ -149,6 +149,21 @@ def test_weights_are_applied_to_each_example(tiny: Model, draw: DrawOf) -> None:
     assert float(weight.max() - weight.min()) > 0.1
 
 
+@pytest.mark.parametrize("balanced", [False, True])
+def test_the_weights_that_a_batch_brings_are_applied(balanced: bool, tiny: Model, draw: DrawOf) -> None:
+    made, fetch, d = changed(tiny, balanced=balanced), cached(), draw()
+    batch, weight = fetch(d), torch.tensor([1.0, 0.5] * 4)
+    with torch.no_grad():
+        plain = made.losses("unet", batch, d)
+        weighted = made.losses("unet", {**batch, "weight": weight}, d)
+        same = made.losses("unet", {**batch, "weight": torch.ones(8)}, d)
+        rows = [({k: v[i : i + 1] for k, v in batch.items()}, draw(range(i, i + 1))) for i in range(8)]
+        each = torch.stack([made.losses("unet", part, row)["loss"] for part, row in rows])
+    torch.testing.assert_close(weighted["loss"], (weight * each).mean(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(weighted["error"], plain["error"])
+    assert torch.equal(same["loss"], plain["loss"])
+
+
 def test_balanced_levels_are_divided_by_their_learned_error(tiny: Model, draw: DrawOf) -> None:
     fetch, made = cached(), task(tiny)
     made = DiffusionTask(tiny, dataclasses.replace(made.objective, balanced=True), made.previews, columns=2)

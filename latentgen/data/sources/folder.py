@@ -14,7 +14,8 @@ import numpy as np
 from latentgen.core.errors import UserError
 from latentgen.core.files import content_key
 from latentgen.data.images import CROPS, MAX_PIXELS, BadPicture, decode, fit, read_file
-from latentgen.data.sources.folder_manifest import Listing, list_folder, natural
+from latentgen.data.sources.folder_captions import CAPTION, with_template
+from latentgen.data.sources.folder_manifest import MISSING, Listing, list_folder, natural
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,8 @@ EXTENSIONS = frozenset(f".{ending}" for line in (*_ENDINGS, "heic heif svg") for
 _SHOWN = 10
 _HOW = (
     'write metadata.jsonl beside the pictures, a line each: {"file_name": "a.png", "text": "a red heart"}; '
-    "or metadata.csv with the columns file_name,text; or a.txt beside a.png; or call the file red_heart.png"
+    "or metadata.csv with the columns file_name,text; or a.txt beside a.png; or call the file red_heart.png; "
+    "or give all one: data.caption='a photo of a red heart'"
 )
 
 
@@ -45,11 +47,12 @@ class FolderSource:
         split: subfolder to read ("train", "validation"). None reads the folder itself, or its subfolder "train" if
             that exists and no picture lies beside it.
         caption_columns: metadata columns that hold captions; all that are there are used, in this order.
+        caption: of pictures that have none in metadata or beside them; its `{caption}` takes those that they have.
         extensions: endings (lower case, with the dot) that make a file a picture.
         max_pixels: larger pictures are skipped.
 
     Raises:
-        UserError: no such folder, no pictures, no captions, bad metadata, or every picture broken.
+        UserError: no such folder, no pictures, no captions, bad metadata, or every picture broken; `caption` is empty.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class FolderSource:
         crop: str = "center",
         split: str | None = None,
         caption_columns: tuple[str, ...] = CAPTION_COLUMNS,
+        caption: str | None = None,
         extensions: frozenset[str] = EXTENSIONS,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
@@ -67,10 +71,14 @@ class FolderSource:
             raise UserError(f"data.crop: {crop!r} is unknown; choose one of {', '.join(CROPS)}")
         if resolution < 1:
             raise UserError(f"data.resolution: {resolution} is too small; choose at least 1 pixel")
+        if caption is not None and not with_template((), caption)[0]:
+            raise UserError(
+                f"data.caption: {caption!r} says nothing of a picture without a caption; add words beside {CAPTION}"
+            )
         self.resolution, self.crop, self.max_pixels = resolution, crop, max_pixels
         root = _existing(Path(path))
         self.folder = _choose_split(root, split, extensions)
-        listing = list_folder(root, self.folder, caption_columns, extensions)
+        listing = list_folder(root, self.folder, caption_columns, extensions, caption)
         _require_captions(self.folder, listing, extensions)
         inside = "" if self.folder == root else f"{self.folder.name}/"
         names = [name.removeprefix(inside) for name in listing.captions]
@@ -179,7 +187,7 @@ def _require_captions(folder: Path, listing: Listing, extensions: frozenset[str]
     counts = Counter(reason for _, reason in listing.skipped)
     why = "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
     why = f"{why}; the first is {_shown(listing.skipped[0][0])}"
-    if any(reason.startswith("no caption") for reason in counts):
+    if any(reason.startswith(MISSING) for reason in counts):
         raise UserError(f"{folder}: no captions found ({why}); {_HOW}")
     raise UserError(f"{folder}: none of its {counts.total()} pictures can be used ({why}); check data.path")
 

@@ -13,6 +13,8 @@ from typing import Any
 from latentgen.core.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
+CAPTION = "{caption}"
+"""Where a template takes a picture's own caption."""
 # Names that cameras and programs give; alone they say nothing about a picture.
 _NO_WORDS = frozenset(
     (
@@ -80,6 +82,19 @@ def read_sidecar(path: Path) -> tuple[str, ...] | str:
         return f"{path.name} cannot be read: {error.strerror}"
     captions = tuple(dict.fromkeys(filter(None, map(clean, text.splitlines()))))
     return captions or f"no caption: {path.name} is empty"
+
+
+def with_template(captions: tuple[str, ...], template: str) -> tuple[str, ...]:
+    """The captions of a picture where `template` is given for a folder, at least one.
+
+    A picture without captions gets the template, which then loses its `{caption}` and the signs that joined it;
+    captions are put into it where it has one, and stay as they are where it has none.
+    """
+    if not captions:
+        return (clean(re.sub(rf"[\s,;:-]*{re.escape(CAPTION)}", "", template)).strip(" ,;:-"),)
+    if CAPTION not in template:
+        return captions
+    return tuple(clean(template.replace(CAPTION, caption)) for caption in captions)
 
 
 def caption_of_name(stem: str) -> str | None:

@@ -14,12 +14,14 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
-from latentgen.data.sources.folder_captions import METADATA, caption_of_name, read_metadata, read_sidecar
+from latentgen.data.sources.folder_captions import METADATA, caption_of_name, read_metadata, read_sidecar, with_template
 
 log = logging.getLogger(__name__)
 
-NO_CAPTION = "no caption in metadata"
-NO_WORDS = "no caption: no .txt beside it, and no words in its name"
+MISSING = "no caption"
+"""How reasons begin that a caption for all would do away with."""
+NO_CAPTION = f"{MISSING} in metadata"
+NO_WORDS = f"{MISSING}: no .txt beside it, and no words in its name"
 OUTSIDE = "leads outside the folder of pictures; put a copy of the file inside"
 
 Captions = tuple[str, ...]
@@ -41,11 +43,17 @@ def natural(name: str) -> tuple[tuple[str | int, ...], str]:
     return tuple(int(part) if index % 2 else part for index, part in enumerate(parts)), name
 
 
-def list_folder(root: Path, base: Path, columns: tuple[str, ...], extensions: frozenset[str]) -> Listing:
+def list_folder(
+    root: Path, base: Path, columns: tuple[str, ...], extensions: frozenset[str], template: str | None = None
+) -> Listing:
     """The pictures below `base` and their captions.
 
     The nearest metadata file that lists a picture, going up from its own folder to `root`, gives its captions. Where no
     metadata file is met on that way, a text file of the same stem does, and else the words of the file's name.
+
+    Args:
+        template: takes the place of the words of names: it is the caption of pictures for which none is written, and
+            its `{caption}` takes those that are.
 
     Raises:
         UserError: a metadata file that cannot be understood.
@@ -62,6 +70,8 @@ def list_folder(root: Path, base: Path, columns: tuple[str, ...], extensions: fr
     listing.other_files = len(on_disk - pictures)
     for name in sorted(pictures | listed, key=natural):
         found = _caption(root, real_root, name, tables, on_disk)
+        if template is not None:
+            found = _templated(found, template)
         if isinstance(found, str):
             listing.skipped.append((name, found))
             continue
@@ -157,6 +167,13 @@ def _caption(
         return read if isinstance(read, str) else (read, False)
     words = caption_of_name(posixpath.splitext(posixpath.basename(name))[0])
     return ((words,), True) if words else NO_WORDS
+
+
+def _templated(found: tuple[Captions, bool] | str, template: str) -> tuple[Captions, bool] | str:
+    if isinstance(found, str):
+        return (with_template((), template), False) if found.startswith(MISSING) else found
+    captions, from_name = found
+    return with_template(() if from_name else captions, template), False
 
 
 def _parents(name: str) -> list[str]:

@@ -1,0 +1,62 @@
+"""Pictures that a run makes itself before it reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentgen.core.errors import UserError
+from latentgen.core.files import content_key
+from latentgen.data.images import BadPicture, decode
+
+
+@dataclass(frozen=True)
+class MadePictures:
+    """`count` PNG files `folder/00000.png` and on, of one caption; its key is known before the first is there.
+
+    Args:
+        folder: its name stands for all that determines the pictures.
+        resolution: their side.
+    """
+
+    folder: Path
+    count: int
+    caption: str
+    resolution: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def key(self) -> str:
+        return content_key("made", self.folder.name, self.count, self.caption, self.resolution)
+
+    def path(self, index: int) -> Path:
+        """Where picture `index` is, or will be: it is there whole or not at all."""
+        return self.folder / f"{index:05d}.png"
+
+    def missing(self) -> list[int]:
+        """Numbers of the pictures that are still to be made."""
+        return [index for index in range(self.count) if not self.path(index).is_file()]
+
+    def name(self, index: int) -> str:
+        return str(self.path(index))
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        try:
+            picture = np.asarray(decode(self.path(index)))
+        except BadPicture as error:
+            raise UserError(f"{self.path(index)}: {error}; remove it, and the same command makes it again") from error
+        assert picture.shape == (self.resolution, self.resolution, 3), picture.shape
+        return picture
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        del index
+        return (self.caption,)
+
+    def contrasts(self, index: int, caption: str) -> tuple[tuple[str, ...], ...]:
+        """None: nobody has looked at them."""
+        del index, caption
+        return ()
