@@ -179,18 +179,18 @@ def drawer(model: Model, what: str, total: int) -> Draw:
 
 
 def judge_arrows(folder: Path, word: str, prompts: Sequence[Prompt], number: int, sheet: Path) -> Judged:
-    """Draw and judge; `number` pictures of every prompt for arrows, one of every standing prompt."""
+    """Draw and judge; `number` pictures of every prompt for one arrow, one of all others."""
     model = open_model(folder).model
     alone, beside = asks_alone(word), asks_beside(word)
-    draw = drawer(model, folder.parent.name, number * (len(alone) + len(beside)) + len(prompts))
+    draw = drawer(model, folder.parent.name, number * len(alone) + len(beside) + len(prompts))
 
-    def verdicts(asks: Sequence[Ask]) -> tuple[list[Image.Image], list[Verdict]]:
-        jobs = [(ask, seed) for ask in asks for seed in range(number)]
+    def verdicts(asks: Sequence[Ask], each: int) -> tuple[list[Image.Image], list[Verdict]]:
+        jobs = [(ask, seed) for ask in asks for seed in range(each)]
         pictures = draw([ask.text for ask, _ in jobs], [seed for _, seed in jobs])
         return pictures, [judged(picture, ask) for picture, (ask, _) in zip(pictures, jobs, strict=True)]
 
-    arrows, first = verdicts(alone)
-    pairs, second = verdicts(beside)
+    arrows, first = verdicts(alone, number)
+    pairs, second = verdicts(beside, 1)
     false = 0
 
     def counted(texts: list[str], seeds: list[int]) -> list[Image.Image]:
@@ -200,7 +200,7 @@ def judge_arrows(folder: Path, word: str, prompts: Sequence[Prompt], number: int
         return pictures
 
     report = evaluate(counted, prompts, pictures_per_prompt=1, batch_size=BATCH)
-    save_png(grid([*arrows[::number], *pairs[::number]], 9, scale=2), sheet)
+    save_png(grid([*arrows[::number], *pairs], 9, scale=2), sheet)
     return Judged(
         [int(v.ok) for v in first],
         [int(v.checks["shape"]) for v in first],
@@ -262,9 +262,9 @@ def shape_table(prompts: Sequence[Prompt], base: dict[str, Any], rows: Sequence[
     alone, beside = len(asks_alone()), len(asks_beside())
     lines = [
         f"Arrows, from {PICTURES} pictures of red, yellow, green and blue ones, asked for in orange, purple, pink and "
-        f"black: {alone} prompts for one arrow, {beside} for one beside another shape, {len(base['alone']) // alone} "
-        f"pictures each; {len(prompts)} standing prompts of the world, one picture each. Percent of the pictures that "
-        "show all that was asked for, with 95% intervals over prompts. Steps of 20, `dpmpp_2m`, scale 4, weight 1.",
+        f"black: {alone} prompts for one arrow, {len(base['alone']) // alone} pictures each; {beside} for an arrow beside "
+        f"another shape and {len(prompts)} standing prompts of the world, one picture each. Percent of the pictures that "
+        "show all that was asked for, with 95% intervals over prompts; 20 steps of `dpmpp_2m`, scale 4, weight 1.",
         "",
         "| way | steps | seconds | KiB | an arrow | its shape | beside another shape | the world before | after | "
         "difference | arrows there |",
@@ -340,7 +340,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [way.config for way in (*WAYS, STYLE)]
     parser.add_argument("--only", nargs="+", choices=names, metavar="RECIPE", help=f"of {', '.join(names)}")
-    parser.add_argument("--quick", action="store_true", help="126 standing prompts, one picture of the others")
+    parser.add_argument(
+        "--quick", action="store_true", help="126 standing prompts, one picture of each prompt for one arrow"
+    )
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "finetune-shapes")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
