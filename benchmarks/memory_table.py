@@ -97,7 +97,7 @@ def large_unet(layers: int = 2, depth: tuple[int, int, int] = (1, 2, 10)) -> UNe
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=layers,
-        transformer_layers_per_block=depth,
+        transformer_layers_per_block=depth,  # type: ignore[arg-type]
         attention_head_dim=(5, 10, 20),  # type: ignore[arg-type]  # numbers of heads
         cross_attention_dim=2048,
         use_linear_projection=True,

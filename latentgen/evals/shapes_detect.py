@@ -8,6 +8,7 @@ the mask is compared with drawn templates of every shape.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,8 +17,8 @@ from PIL import Image
 from scipy import ndimage
 
 from latentgen.core.errors import UserError
-from latentgen.data.sources.shapes_render import coverage
-from latentgen.data.sources.shapes_scene import BACKGROUNDS, COLOURS, RADII, SHAPES, SIDE
+from latentgen.data.sources.shapes_render import DISTANCES, Distance, coverage
+from latentgen.data.sources.shapes_scene import BACKGROUNDS, COLOURS, RADII, SIDE
 
 Array = np.ndarray
 
@@ -106,8 +107,16 @@ def as_pixels(image: Image.Image | Array) -> Array:
     return np.asarray(image, dtype=np.float32)
 
 
-def detect(image: Image.Image | Array) -> Detection:
-    """Everything in the picture that is not background. Raises `UserError` for a picture that cannot be judged."""
+def detect(image: Image.Image | Array, shapes: Mapping[str, Distance] = DISTANCES) -> Detection:
+    """Everything in the picture that is not background.
+
+    Args:
+        image: a square picture, or uint8 [h, w, 3], RGB.
+        shapes: what there may be, by name; the world's, unless shapes are to be found that it lacks.
+
+    Raises:
+        UserError: a picture that cannot be judged.
+    """
     pixels = as_pixels(image)
     frame = np.ones((SIDE, SIDE), dtype=bool)
     frame[2:-2, 2:-2] = False
@@ -119,7 +128,7 @@ def detect(image: Image.Image | Array) -> Detection:
     for number, window in enumerate(ndimage.find_objects(pieces), start=1):
         inside = pieces[window] == number
         if inside.sum() >= MIN_AREA:
-            found += _objects_of(pixels, ground, inside, window)
+            found += _objects_of(pixels, ground, inside, window, shapes)
     found.sort(key=lambda one: -one.radius)
     return Detection(name if distance <= BACKGROUND_TOLERANCE else None, tuple(found))
 
@@ -148,7 +157,9 @@ def _inner_colours(pixels: Array, inside: Array) -> list[Array]:
     return [np.median(inner[votes == index], axis=0) for index in present]
 
 
-def _objects_of(pixels: Array, ground: Array, inside: Array, window: tuple[slice, slice]) -> list[Found]:
+def _objects_of(
+    pixels: Array, ground: Array, inside: Array, window: tuple[slice, slice], shapes: Mapping[str, Distance]
+) -> list[Found]:
     """Divide one piece by colour, then by connection, and name each part."""
     # A rim on every side, so that a soft outline is not cut off.
     top, left = max(window[0].start - RIM, 0), max(window[1].start - RIM, 0)
@@ -175,14 +186,14 @@ def _objects_of(pixels: Array, ground: Array, inside: Array, window: tuple[slice
             if part.sum() < MIN_AREA:
                 continue
             near = ndimage.binary_dilation(part, iterations=RIM) & ((parts == 0) | part)
-            found.append(_name(np.where(near, share, 0.0), part, colour, left, top))
+            found.append(_name(np.where(near, share, 0.0), part, colour, left, top, shapes))
     return found
 
 
-def _name(mask: Array, part: Array, colour: Array, left: int, top: int) -> Found:
-    fits = sorted((_fit(mask, shape, 0.0) for shape in SHAPES), reverse=True)
+def _name(mask: Array, part: Array, colour: Array, left: int, top: int, shapes: Mapping[str, Distance]) -> Found:
+    fits = sorted((_fit(mask, shape, distance, 0.0) for shape, distance in shapes.items()), reverse=True)
     if fits[0][0] - fits[1][0] < CERTAIN_MARGIN:
-        soft = sorted((_fit(mask, shape, SOFTNESS) for shape in SHAPES), reverse=True)
+        soft = sorted((_fit(mask, shape, distance, SOFTNESS) for shape, distance in shapes.items()), reverse=True)
         # Each set is a view of the whole picture; the one with the better fit is taken whole.
         fits = max(fits, soft)
     (overlap, shape, x, y, radius), second = fits[0], fits[1]
@@ -202,12 +213,12 @@ def _name(mask: Array, part: Array, colour: Array, left: int, top: int) -> Found
     )
 
 
-@lru_cache(maxsize=len(SHAPES))
-def _moments(shape: str) -> tuple[float, float]:
+@lru_cache(maxsize=64)
+def _moments(distance: Distance) -> tuple[float, float]:
     """Area of the shape with radius 1, and how far below the box's centre its centroid lies."""
     radius = 100.0
     axis = np.arange(-110, 110, dtype=np.float32) + 0.5
-    alpha = coverage(shape, axis[None, :], axis[:, None], radius)
+    alpha = coverage(distance, axis[None, :], axis[:, None], radius)
     return float(alpha.sum()) / radius**2, float((alpha.sum(1) * axis).sum() / alpha.sum()) / radius
 
 
@@ -216,9 +227,9 @@ _FACTORS, _SHIFTS = (0.93, 1.0, 1.07), (-0.07, 0.0, 0.07)
 _TRIES = np.array([(f, dx, dy) for f in _FACTORS for dx in _SHIFTS for dy in _SHIFTS], dtype=np.float32)
 
 
-def _fit(mask: Array, shape: str, softness: float) -> tuple[float, str, float, float, float]:
+def _fit(mask: Array, shape: str, distance: Distance, softness: float) -> tuple[float, str, float, float, float]:
     """(soft intersection over union, shape, x, y, radius) of the best template near the mask's area and centroid."""
-    area, lower = _moments(shape)
+    area, lower = _moments(distance)
     total = float(mask.sum())
     x = np.arange(mask.shape[1], dtype=np.float32) + 0.5
     y = np.arange(mask.shape[0], dtype=np.float32) + 0.5
@@ -228,7 +239,7 @@ def _fit(mask: Array, shape: str, softness: float) -> tuple[float, str, float, f
     radii = radius * _TRIES[:, 0]
     xs, ys = centre_x + radius * _TRIES[:, 1], centre_y + radius * _TRIES[:, 2]
     templates = coverage(
-        shape,
+        distance,
         x[None, None, :] - xs[:, None, None],
         y[None, :, None] - ys[:, None, None],
         radii[:, None, None],

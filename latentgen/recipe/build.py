@@ -134,7 +134,7 @@ def _check_previews(recipe: Recipe) -> None:
     check_negative_prompt(p.guidance, p.negative_prompt)
     levels = range(p.num_inference_steps, -1, -1)
     prior = recipe.finetune.prior if recipe.finetune is not None else None
-    made = [prior.prompt] if prior is not None and prior.path is None else []
+    made = prior.prompts() if prior is not None and prior.path is None else ()
     for prompt in (*p.prompts, *made):
         _, weights = split_prompt(prompt, p.guidance)
         build_guidance(parse(p.guidance), p.guidance_scale, p.sampler, levels, weights)

@@ -1,6 +1,6 @@
 """Prior preservation (arXiv 2208.12242, section 3.2): pictures of the class, trained in turn with those of the subject.
 
-They are drawn once by the model that training starts from, and kept: picture i is a function of that model, the prompt,
+They are drawn once by the model that training starts from, and kept: picture i is a function of that model, its prompt,
 the settings of previews, their number and i, so that runs share them, and a killed run goes on.
 """
 
@@ -59,12 +59,12 @@ def _of_class(recipe: Recipe, weights: Mapping[str, str]) -> Source:
         return class_folder(recipe)
     sources = (recipe.unet.source, recipe.autoencoder.source, recipe.text_encoder.source)
     start = [weights[str(name)] for name in sources]
-    key = content_key("prior", VERSION, start, prior.pictures, dataclasses.asdict(request(recipe)))
-    return MadePictures(Path(data.cache) / "prior" / key, prior.pictures, prior.prompt, data.resolution)
+    key = content_key("prior", VERSION, start, prior.pictures, prior.prompts(), dataclasses.asdict(request(recipe)))
+    return MadePictures(Path(data.cache) / "prior" / key, prior.pictures, prior.prompts(), data.resolution)
 
 
 def class_folder(recipe: Recipe) -> Source:
-    """The pictures of `finetune.prior.path`; those without captions get the class's prompt."""
+    """The pictures of `finetune.prior.path`; those without captions get the (first) prompt that says something."""
     assert recipe.finetune is not None
     prior, data = recipe.finetune.prior, recipe.data
     assert prior is not None
@@ -73,14 +73,17 @@ def class_folder(recipe: Recipe) -> Source:
         raise UserError(
             f"finetune.prior.path: {prior.path}: no such folder; leave it out, and the model makes the pictures"
         )
-    return FolderSource(path=prior.path, resolution=data.resolution, crop=data.crop, caption=prior.prompt)
+    return FolderSource(
+        path=prior.path, resolution=data.resolution, crop=data.crop, caption=next(filter(None, prior.prompts()))
+    )
 
 
 def request(recipe: Recipe, number: int = 0) -> Request:
     """What class picture `number` is asked for with: the settings of previews, and its number as seed."""
     assert recipe.finetune is not None
     assert recipe.finetune.prior is not None
-    return build.request(recipe, recipe.finetune.prior.prompt, number)
+    prompts = recipe.finetune.prior.prompts()
+    return build.request(recipe, prompts[number % len(prompts)], number)
 
 
 def make_class_pictures(recipe: Recipe, model: Model, source: Source, share: Share) -> None:
@@ -113,7 +116,7 @@ def _make(recipe: Recipe, model: Model, pictures: MadePictures, share: Share) ->
     if share.rank == 0:
         logger.info(
             "class pictures: %d of %d to be drawn of %r (%s)",
-            *(len(missing), len(pictures), pictures.caption, pictures.folder),
+            *(len(missing), len(pictures), ", ".join(pictures.prompts), pictures.folder),
         )
     side = recipe.data.resolution
     size = min(TOGETHER, at_once(side, side))

@@ -252,10 +252,18 @@ class Prior(Section):
     """Pictures of the class that a subject belongs to, trained beside it so that the class is kept (arXiv 2208.12242,
     section 3.2): made once with the model as it is, and kept in `data.cache`, or a folder of them."""
 
-    prompt: str = Field(default="", description="what they show, such as `a dog`")
+    prompt: str | tuple[str, ...] = Field(
+        default="",
+        description="what they show, such as `a dog`; several take turns, and of them an empty one stands for what the "
+        "model draws unasked, which guidance leads away from",
+    )
     pictures: int = Field(default=100, ge=1, description="how many are made")
     path: str | None = Field(default=None, description="folder of such pictures (null: they are made)")
     weight: float = Field(default=1.0, gt=0, description="of their loss; of the subject's it is 1")
+
+    def prompts(self) -> tuple[str, ...]:
+        """What picture i shows, i counted on past the last one from the beginning."""
+        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
 
 
 class Finetune(Section):
@@ -473,7 +481,7 @@ class Recipe(Section):
             raise ValueError("finetune.text_encoders: say with which method; none trains words alone")
         if f.method == "loha" and "diffusers" in f.written():
             raise ValueError("finetune.layouts: diffusers knows no loha; write kohya or comfyui")
-        if f.prior is not None and not f.prior.prompt:
+        if f.prior is not None and not any(f.prior.prompts()):
             raise ValueError("finetune.prior.prompt: say what class the subject belongs to, such as `a dog`")
         if f.prior is not None and f.control is not None:
             raise ValueError("finetune.prior: a ControlNet learns no subject; leave it out")

@@ -83,7 +83,7 @@ def test_it_is_a_source(few: Callable) -> None:
 
 
 def test_made_pictures_are_known_before_they_are_there(tmp_path: Path) -> None:
-    source = MadePictures(tmp_path / "abc", 3, "a dog", 8)
+    source = MadePictures(tmp_path / "abc", 3, ("a dog",), 8)
     key = source.key()
     assert source.missing() == [0, 1, 2]
     (tmp_path / "abc").mkdir()
@@ -93,10 +93,17 @@ def test_made_pictures_are_known_before_they_are_there(tmp_path: Path) -> None:
     assert (source.image(1) == picture).all()
     assert source.captions(1) == ("a dog",)
     assert source.contrasts(1, "a dog") == ()
-    assert source.key() == key == MadePictures(Path("elsewhere/abc"), 3, "a dog", 8).key()
-    changed = [("abd", 3, "a dog", 8), ("abc", 4, "a dog", 8), ("abc", 3, "a cat", 8), ("abc", 3, "a dog", 16)]
+    assert source.key() == key == MadePictures(Path("elsewhere/abc"), 3, ("a dog",), 8).key()
+    changed = [
+        ("abd", 3, ("a dog",), 8),
+        ("abc", 4, ("a dog",), 8),
+        ("abc", 3, ("a cat",), 8),
+        ("abc", 3, ("a dog",), 16),
+    ]
     others = {MadePictures(Path(name), *rest).key() for name, *rest in changed}
     assert len(others | {key}) == 5
+    several = MadePictures(tmp_path / "abc", 3, ("a dog", ""), 8)
+    assert [several.captions(number) for number in range(3)] == [("a dog",), ("",), ("a dog",)]
     source.path(1).write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"00001.png: .*; remove it, and the same command makes it again"):
         source.image(1)

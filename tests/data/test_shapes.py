@@ -24,7 +24,7 @@ from latentgen.data.sources.shapes_captions import (
     turned,
 )
 from latentgen.data.sources.shapes_layout import GAP, MARGIN, Draws, draw_scene
-from latentgen.data.sources.shapes_render import coverage, render
+from latentgen.data.sources.shapes_render import DISTANCES, coverage, render
 from latentgen.data.sources.shapes_scene import (
     BACKGROUNDS,
     CATEGORIES,
@@ -89,7 +89,7 @@ def test_outlines_are_antialiased_and_scale_with_the_resolution():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_fill_their_bounding_box(shape):
     radius, axis = 40.0, np.arange(-50, 50) + 0.5
-    mask = coverage(shape, axis[None, :], axis[:, None], radius) > 0.5
+    mask = coverage(DISTANCES[shape], axis[None, :], axis[:, None], radius) > 0.5
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     half_height, half_width = (rows[-1] + 1 - rows[0]) / 2, (columns[-1] + 1 - columns[0]) / 2
     assert max(half_height, half_width) == pytest.approx(36 if shape == "square" else 40, abs=1.5)

@@ -63,6 +63,17 @@ def test_they_are_what_the_model_draws(tmp_path: Path, few: Callable, tiny: Mode
     assert {path.name for path in pictures.folder.iterdir()} == {f"{n:05d}.png" for n in range(5)}
 
 
+def test_several_prompts_take_turns(tmp_path: Path, few: Callable, tiny: Model) -> None:
+    recipe = recipe_of(tmp_path, "finetune.prior.prompt=[a red circle, '', two stars]")
+    source, pictures = made(recipe, few)
+    prior.make_class_pictures(recipe, tiny, source, Share())
+    asked = [prior.request(recipe, number) for number in range(5)]
+    assert [request.prompt for request in asked] == ["a red circle", "", "two stars", "a red circle", ""]
+    assert [pictures.captions(number) for number in range(5)] == [(request.prompt,) for request in asked]
+    for number, picture in enumerate(generate(tiny, asked)):
+        assert (pictures.image(number) == np.asarray(picture)).all()
+
+
 def test_what_determines_them_names_them(tmp_path: Path, few: Callable) -> None:
     changes = [
         "preview.num_inference_steps=3",
@@ -70,7 +81,12 @@ def test_what_determines_them_names_them(tmp_path: Path, few: Callable) -> None:
         "data.resolution=32",
         "preview.sampler=ddim",
     ]
-    changes += ["finetune.prior.prompt=a cat", "finetune.prior.pictures=6", "preview.negative_prompt=bad"]
+    changes += [
+        "finetune.prior.prompt=[a dog, '']",
+        "finetune.prior.prompt=a cat",
+        "finetune.prior.pictures=6",
+        "preview.negative_prompt=bad",
+    ]
     names = {made(recipe_of(tmp_path, change), few)[1].folder.name for change in changes}
     plain = made(recipe_of(tmp_path), few)[1].folder.name
     names |= {plain, made(recipe_of(tmp_path), few, {"base": "w2"})[1].folder.name}
@@ -174,5 +190,7 @@ def test_the_plan_counts_them(tmp_path: Path, tiny: Model) -> None:
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"finetune.prior.prompt: say what class the subject belongs to"):
         recipe_of(tmp_path, "finetune.prior={pictures: 3}")
+    with pytest.raises(UserError, match=r"finetune.prior.prompt: say what class the subject belongs to"):
+        recipe_of(tmp_path, "finetune.prior.prompt=['']")
     with pytest.raises(UserError, match=r"finetune.prior: a ControlNet learns no subject"):
         recipe_of(tmp_path, "finetune.method=none", "finetune.control=edge")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentgen.recipe.finetune import makes_adapter
 from latentgen.recipe.load import dump_recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +39,8 @@ def small(path: Path, model: Path, pictures: Path, folder: Path) -> list[str]:
         words += [f"{section}.train.steps=2", f"{section}.train.global_batch=2", f"{section}.train.warmup_steps=1"]
         if train.micro_batch is not None:
             words += [f"{section}.train.micro_batch=null"]
+    if recipe.finetune is not None and recipe.finetune.prior is not None:
+        words += ["finetune.prior.pictures=2"]
     if recipe.data.source == "folder":
         words += [f"data.path={pictures}", "data.split=null", "data.validation=null", "data.resolution=64"]
     for name, section in (("autoencoder", recipe.autoencoder), ("text_encoder", recipe.text_encoder),
@@ -75,7 +78,8 @@ def test_recipe_is_planned_and_trains(path, programs, model, pictures, tree, tmp
     assert done.code == 0, done.err
     recipe = load_recipe(path)
     follows = recipe.finetune is not None and recipe.finetune.control is not None
-    result = "control/config.json" if follows else "model/model_index.json"
+    made = "adapter/adapter.json" if makes_adapter(recipe) else "model/model_index.json"
+    result = "control/config.json" if follows else made
     assert (tmp_path / "runs" / recipe.name / result).is_file()
 
 

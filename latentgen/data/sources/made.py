@@ -15,7 +15,7 @@ from latentgen.data.images import BadPicture, decode
 
 @dataclass(frozen=True)
 class MadePictures:
-    """`count` PNG files `folder/00000.png` and on, of one caption; its key is known before the first is there.
+    """`count` PNG files `folder/00000.png` and on, captions in turn; its key is known before the first is there.
 
     Args:
         folder: its name stands for all that determines the pictures.
@@ -24,14 +24,14 @@ class MadePictures:
 
     folder: Path
     count: int
-    caption: str
+    prompts: tuple[str, ...]
     resolution: int
 
     def __len__(self) -> int:
         return self.count
 
     def key(self) -> str:
-        return content_key("made", self.folder.name, self.count, self.caption, self.resolution)
+        return content_key("made", self.folder.name, self.count, self.prompts, self.resolution)
 
     def path(self, index: int) -> Path:
         """Where picture `index` is, or will be: it is there whole or not at all."""
@@ -53,8 +53,7 @@ class MadePictures:
         return picture
 
     def captions(self, index: int) -> tuple[str, ...]:
-        del index
-        return (self.caption,)
+        return (self.prompts[index % len(self.prompts)],)
 
     def control(self, index: int) -> None:
         """None: they are pictures of words alone."""

@@ -8,7 +8,7 @@ straight and round parts of the outline, which is all that one pixel of antialia
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -73,7 +73,10 @@ def _cross(x: Array, y: Array, radius: Radius) -> Array:
     return np.minimum(np.maximum(x - radius, y - arm), np.maximum(x - arm, y - radius))
 
 
-DISTANCES: dict[str, Callable[[Array, Array, Radius], Array]] = {
+Distance = Callable[[Array, Array, Radius], Array]
+"""(x, y, radius) -> signed distance to the outline, in the same unit; mirrored at x = 0 the shape is itself."""
+
+DISTANCES: Mapping[str, Distance] = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
@@ -83,16 +86,20 @@ DISTANCES: dict[str, Callable[[Array, Array, Radius], Array]] = {
 }
 
 
-def coverage(shape: str, x: Array, y: Array, radius: Radius) -> Array:
-    """How much of each pixel the shape covers, in [0, 1]; x, y and radius in pixels, relative to the shape's centre.
+def coverage(distance: Distance, x: Array, y: Array, radius: Radius) -> Array:
+    """How much of each pixel a shape covers, in [0, 1]; x, y and radius in pixels, relative to the shape's centre.
 
     The arguments broadcast, so that one call can draw a shape at many places and sizes.
     """
-    return np.clip(0.5 - DISTANCES[shape](x, y, radius), 0.0, 1.0)
+    return np.clip(0.5 - distance(x, y, radius), 0.0, 1.0)
 
 
-def render(scene: Scene, resolution: int = SIDE) -> Array:
+def render(scene: Scene, resolution: int = SIDE, shapes: Mapping[str, Distance] = DISTANCES) -> Array:
     """The scene as an antialiased picture, uint8 [resolution, resolution, 3], RGB.
+
+    Args:
+        resolution: side in pixels.
+        shapes: how every shape of the scene is drawn; the world's, unless shapes are to be drawn that it lacks.
 
     Raises:
         UserError: the resolution is not a positive multiple of 64.
@@ -109,7 +116,7 @@ def render(scene: Scene, resolution: int = SIDE) -> Array:
         top, bottom = max(int(cy - radius - 1), 0), min(int(cy + radius + 2), resolution)
         x = np.arange(left, right, dtype=np.float32)[None, :] + np.float32(0.5 - cx)
         y = np.arange(top, bottom, dtype=np.float32)[:, None] + np.float32(0.5 - cy)
-        alpha = coverage(item.shape, x, y, radius)[..., None]
+        alpha = coverage(shapes[item.shape], x, y, radius)[..., None]
         # Boxes do not overlap, so the background is all that lies under an object.
         change = np.array(COLOURS[item.colour], dtype=np.float32) - background
         picture[top:bottom, left:right] = background + alpha * change + np.float32(0.5)
