@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -136,17 +137,37 @@ def test_what_kohyas_tools_write(kind: str, tmp_path: Path) -> None:
     assert header["ss_seed"] == "1"
 
 
-SDXL_NAMES = {
-    "input_blocks_5_1_transformer_blocks_1_attn2_to_v": "down_blocks.1.attentions.1.transformer_blocks.1.attn2.to_v",
-    "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
-    "input_blocks_2_0_in_layers_2": "down_blocks.0.resnets.1.conv1",
-    "middle_block_1_proj_in": "mid_block.attentions.0.proj_in",
-    "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
-    "output_blocks_0_1_transformer_blocks_0_ff_net_2": "up_blocks.0.attentions.0.transformer_blocks.0.ff.net.2",
-    "output_blocks_5_0_skip_connection": "up_blocks.1.resnets.2.conv_shortcut",
-    "time_embed_0": "time_embedding.linear_1",
+T = "transformer_blocks"
+ORIGINAL_NAMES = {
+    "sd1": {
+        "input_blocks.0.0": "conv_in",
+        f"input_blocks.1.1.{T}.0.attn2.to_k": f"down_blocks.0.attentions.0.{T}.0.attn2.to_k",
+        "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
+        "input_blocks.4.0.skip_connection": "down_blocks.1.resnets.0.conv_shortcut",
+        "middle_block.2.emb_layers.1": "mid_block.resnets.1.time_emb_proj",
+        "output_blocks.2.1.conv": "up_blocks.0.upsamplers.0.conv",
+        f"output_blocks.5.1.{T}.0.ff.net.0.proj": f"up_blocks.1.attentions.2.{T}.0.ff.net.0.proj",
+        "time_embed.0": "time_embedding.linear_1",
+        "out.2": "conv_out",
+    },
+    "sdxl": {
+        f"input_blocks.5.1.{T}.1.attn2.to_v": f"down_blocks.1.attentions.1.{T}.1.attn2.to_v",
+        "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
+        "input_blocks.2.0.in_layers.2": "down_blocks.0.resnets.1.conv1",
+        "middle_block.1.proj_in": "mid_block.attentions.0.proj_in",
+        "output_blocks.2.2.conv": "up_blocks.0.upsamplers.0.conv",
+        f"output_blocks.0.1.{T}.0.ff.net.2": f"up_blocks.0.attentions.0.{T}.0.ff.net.2",
+        "output_blocks.5.0.skip_connection": "up_blocks.1.resnets.2.conv_shortcut",
+        "time_embed.0": "time_embedding.linear_1",
+    },
 }
-"""sd-scripts' names in its own U-Net of SDXL, by hand for the tiny one: two levels, two layers each."""
+"""The original code's names in its own U-Nets, by hand for the tiny ones: two levels, two layers each."""
+
+
+def factors_for(weight: torch.Size, alpha: torch.Tensor | None) -> Factors:
+    o, i, *kernel = weight
+    tensors = {"down": torch.randn(2, i, *kernel), "up": torch.randn(o, 2, *(1 for _ in kernel))}
+    return Factors("lora", tensors, alpha)
 
 
 @pytest.mark.parametrize("names", ["original", "diffusers"])
@@ -155,16 +176,50 @@ def test_what_kohyas_tools_write_for_sdxl(names: str) -> None:
     shapes = shapes_of(networks)
     expected: dict[str, Factors] = {}
     keys: dict[str, torch.Tensor] = {}
-    for name, path in SDXL_NAMES.items():
-        o, i, *kernel = shapes["unet"][path]
-        tensors = {"down": torch.randn(2, i, *kernel), "up": torch.randn(o, 2, *(1 for _ in kernel))}
-        expected[path] = Factors("lora", tensors, torch.tensor(1.0))
-        stem = f"lora_unet_{name if names == 'original' else path.replace('.', '_')}"
-        keys |= {f"{stem}.lora_{part}.weight": value for part, value in tensors.items()}
+    for name, path in ORIGINAL_NAMES["sdxl"].items():
+        expected[path] = own = factors_for(shapes["unet"][path], torch.tensor(1.0))
+        stem = f"lora_unet_{name if names == 'original' else path}".replace(".", "_")
+        keys |= {f"{stem}.lora_{part}.weight": value for part, value in own.tensors.items()}
         keys[f"{stem}.alpha"] = torch.tensor(1.0)
     again = from_tensors(keys, {}, shapes)
     assert again.layout == "kohya"
     assert_same_file(again, LoraFile(modules={"unet": expected}))
+
+
+TOWERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+
+
+@pytest.mark.parametrize("alpha", [None, torch.tensor(1.0)], ids=["extracted", "trained"])
+@pytest.mark.parametrize("family", ORIGINAL_NAMES)
+def test_what_comfyui_writes(family: str, alpha: torch.Tensor | None, caplog, tmp_path: Path) -> None:
+    """Names of its own modules; its extraction has no alphas, its training has. Differences of norms and biases, which
+    both add, are no LoRA: they are left out with a warning."""
+    networks, _ = lora(family=family, targets=("attention",))
+    shapes = shapes_of(networks)
+    stems = {("unet", path): f"diffusion_model.{name}" for name, path in ORIGINAL_NAMES[family].items()}
+    for network in networks.keys() & TOWERS.keys():
+        for path in ("encoder.layers.0.self_attn.q_proj", "encoder.layers.1.mlp.fc2"):
+            stems[network, path] = f"text_encoders.{TOWERS[network]}.transformer.text_model.{path}"
+    expected: dict[str, dict[str, Factors]] = {}
+    keys: dict[str, torch.Tensor] = {}
+    for (network, path), stem in stems.items():
+        own = factors_for(shapes[network][path], alpha)
+        expected.setdefault(network, {})[path] = own
+        keys |= {f"{stem}.lora_{part}.weight": value for part, value in own.tensors.items()}
+        if alpha is not None:
+            keys[f"{stem}.alpha"] = alpha.clone()
+    save_file(keys, tmp_path / "a.safetensors")
+    again = read_lora(tmp_path / "a.safetensors", networks)
+    assert again.layout == "comfyui"
+    assert_same_file(again, LoraFile(modules=expected))
+    write_lora(again, tmp_path / "b.safetensors", "comfyui", networks)
+    ours, _ = load_tensors(tmp_path / "b.safetensors")
+    assert ours.keys() == keys.keys()
+    assert all(torch.equal(ours[key], value) for key, value in keys.items())
+    more = {"diffusion_model.out.0.diff": torch.ones(4), "diffusion_model.out.2.diff_b": torch.ones(4)}
+    with caplog.at_level(logging.WARNING):
+        assert_same_file(from_tensors({**keys, **more}, {}, shapes), again)
+    assert f"2 of {len(keys) + 2} keys of the comfyui layout fit no module" in caplog.text
 
 
 def test_peft_computes_what_we_merge_after_a_round_trip_through_every_layout(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def small(path: Path, model: Path, pictures: Path, folder: Path) -> list[str]:
             words += [f"{section}.train.micro_batch=null"]
     if recipe.finetune is not None and recipe.finetune.prior is not None:
         words += ["finetune.prior.pictures=2"]
+    if recipe.finetune is not None and recipe.finetune.tokens:
+        words += [f"data.caption={' '.join(recipe.finetune.tokens)}, {{caption}}"]  # the words must be in captions
     if recipe.data.source == "folder":
         words += [f"data.path={pictures}", "data.split=null", "data.validation=null", "data.resolution=64"]
     for name, section in (("autoencoder", recipe.autoencoder), ("text_encoder", recipe.text_encoder),

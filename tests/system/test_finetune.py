@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 from latentgen.data.sources.shapes import ShapesSource
 from latentgen.formats.model_folder import load_model
 from latentgen.formats.opening import open_model
+from latentgen.formats.parts import canonical
 from latentgen.pipelines.pictures import cells
 
 STEP = "latentgen.engine.step:Stepper.__call__"
@@ -152,6 +153,27 @@ def test_a_lora_opens_in_diffusers(programs: Any, families: dict[str, Path], tmp
             states = pipeline.encode_prompt("a red circle", "cpu", 1, do_classifier_free_guidance=False)[0]
             torch.testing.assert_close(states, context.states, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(pipeline.unet(x, t, states).sample, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_whole_model_opens_in_diffusers(
+    family: str, programs: Any, families: dict[str, Path], tmp_path: Path
+) -> None:
+    """As its folder, and as the single file that is exported of it."""
+    folder = trained(programs, recipe(tmp_path, families[family], "full with text")) / "model"
+    done = programs("export", folder, tmp_path / "file.safetensors", cwd=tmp_path)
+    assert done.code == 0, done.err
+    kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+    offline: dict[str, Any] = {"config": str(folder), "local_files_only": True}
+    opened = (kind.from_pretrained(folder), kind.from_single_file(tmp_path / "file.safetensors", **offline))
+    model, before = load_model(folder), load_model(families[family])
+    for name, network in model.networks().items():
+        state = network.state_dict()
+        for pipeline in opened:
+            theirs = canonical(name, pipeline.components[name].state_dict())
+            assert all(torch.equal(theirs[key], value) for key, value in canonical(name, state).items())
+        same = [torch.equal(value, before.networks()[name].state_dict()[key]) for key, value in state.items()]
+        assert all(same) == (name == "vae"), "all but the autoencoder was trained"
 
 
 def test_strength_of_a_lora(programs: Any, model: Path, tmp_path: Path) -> None:
