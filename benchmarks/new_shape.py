@@ -77,12 +77,12 @@ def _alone(draws: Draws, shape: str, colour: str, size: str) -> Scene:
 
 
 def arrow_example(number: int, word: str = ARROW) -> Example:
-    """Picture `number` of an arrow in one of the colours shown, of any size, anywhere; its caption calls it
-    `word`, and says all that the world's captions may say."""
+    """Picture `number` of a large arrow in one of the colours shown, anywhere, as people show what they have; its
+    caption calls it `word`, and says its colour and the background."""
     draws = Draws("arrow", number)
     colour = SHOWN[number % len(SHOWN)]
-    scene = _alone(draws, ARROW, colour, draws.pick(tuple(RADII)))
-    said = Requirement((Wanted(word, colour, scene.items[0].size),), background=scene.background)
+    scene = _alone(draws, ARROW, colour, "large")
+    said = Requirement((Wanted(word, colour),), background=scene.background)
     return Example(render(scene, shapes=WITH_ARROW), phrase(said, draws))
 
 
@@ -122,12 +122,13 @@ def _ask(word: str, draws: Draws, requirement: Requirement) -> Ask:
     return Ask(phrase(spoken, draws), requirement)
 
 
-def asks_alone(word: str = ARROW) -> list[Ask]:
-    """36 prompts for one arrow: the colours not shown, with and without a size and a background."""
+def asks_alone(word: str = ARROW, sizes: Sequence[str | None] = (None, "large")) -> list[Ask]:
+    """Prompts for one arrow, 12 for each of `sizes` (None: nothing is said of it): the colours not shown, with and
+    without a background."""
     return [
         _ask(word, Draws("alone", colour, size or "", background or ""), requirement)
         for colour in ASKED
-        for size in (None, *RADII)
+        for size in sizes
         for background in (None, *BACKGROUNDS)
         for requirement in (Requirement((Wanted(ARROW, colour, size),), background=background),)
     ]

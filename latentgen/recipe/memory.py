@@ -32,8 +32,10 @@ from latentgen.models.tokens import put
 from latentgen.models.unet import predict
 from latentgen.recipe import build
 from latentgen.recipe.finetune import Training, prepare, runs_text
+from latentgen.recipe.prior import keeps
 from latentgen.recipe.process import process
 from latentgen.recipe.schema import Preview, Recipe, Train
+from latentgen.tasks.original import Original
 
 GIB = 2**30
 CARDS = (8, 12, 16, 24, 80)
@@ -105,12 +107,14 @@ class Setting:
         train: the settings of the loop.
         preview: how previews are drawn.
         processes: how many train together.
+        keeps: whether what the networks predicted before training is asked for in every step.
     """
 
     resolution: int
     train: Train = field(default_factory=Train)
     preview: Preview = field(default_factory=Preview)
     processes: int = 1
+    keeps: bool = False
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -128,7 +132,7 @@ def plan_memory(recipe: Recipe) -> str:
     processes = train.processes or 1
     share = max(1, train.global_batch // processes)
     micro_batch = share if train.micro_batch in (None, "auto") else min(share, int(train.micro_batch))
-    setting = Setting(recipe.data.resolution, train, recipe.preview, processes=processes)
+    setting = Setting(recipe.data.resolution, train, recipe.preview, processes=processes, keeps=keeps(recipe))
     return memory_table(*memory_of(training, setting), micro_batch, share // micro_batch)
 
 
@@ -173,6 +177,9 @@ def memory_of(training: Training, setting: Setting) -> tuple[Memory, Memory]:
     named = {name: storage_bytes([*n.parameters(), *n.buffers()]) for name, n in networks.items()}
     trained = [networks[name] for name in training.trains]
     changing = [p for network in trained for p in network.parameters() if p.requires_grad]
+    if setting.keeps:
+        copied = Original(networks).copies()
+        named |= {"as before": storage_bytes(t for n in copied for t in (*n.parameters(), *n.buffers()))}
     gradients = storage_bytes(changing)
     kept = 1 + len(train.ema_lengths) if train.ema_device is None else 0
     whole = Memory(

@@ -29,7 +29,7 @@ from latentgen.recipe.conditions import starting_model
 from latentgen.recipe.load import dump_recipe
 from latentgen.recipe.memory import plan_memory
 from latentgen.recipe.presets import filled
-from latentgen.recipe.prior import class_folder
+from latentgen.recipe.prior import class_folder, keeps
 from latentgen.recipe.schema import Recipe
 
 PROBE = 2
@@ -140,8 +140,8 @@ def make_plan(recipe: Recipe, examples: int | None = None) -> Plan:
         reduced = side // factor(vae)
         latents = torch.empty(PROBE, vae.config["latent_channels"], reduced, reduced)
         made = _made(recipe)
+        once = _prediction_flops(unet, latents, context) if made or keeps(recipe) else 0.0
         if made:
-            once = flops_of(lambda: unet.eval()(latents, torch.empty(PROBE), **context.inputs())) / PROBE
             decoded = flops_of(lambda: decode(vae, latents)) / PROBE
             guided = 1 if recipe.preview.guidance_scale == 1 else 2
             prior_flops = made * (recipe.preview.num_inference_steps * guided * once + decoded)
@@ -150,6 +150,8 @@ def make_plan(recipe: Recipe, examples: int | None = None) -> Plan:
         flops = _unet_flops(unet, control, latents, context, image)
         if unet.config["in_channels"] > latents.shape[1]:
             flops += encode  # of the masked picture, anew in every step
+        if keeps(recipe):
+            flops += once / 2  # class pictures are half of the examples
         stages.append(_stage(recipe, "unet", unet if control is None else control, flops))
     captions = examples * (recipe.data.captions or 4)  # an upper guess: equal captions are cached once
     disk = 2 * (pictures * 2 * latents[0].numel() + captions * context.states[0].numel())
@@ -171,13 +173,24 @@ def _made(recipe: Recipe) -> int:
     return prior.pictures if prior is not None and prior.path is None else 0
 
 
+def _channels(unet: UNet2DConditionModel, latents: Tensor) -> Tensor | None:
+    """What the U-Net is shown beside latents."""
+    more = unet.config["in_channels"] - latents.shape[1]
+    return torch.empty(PROBE, more, *latents.shape[2:]) if more else None
+
+
+def _prediction_flops(unet: UNet2DConditionModel, latents: Tensor, context: Context) -> float:
+    """FLOPs of one prediction of one example."""
+    networks, channels = {"unet": unet.eval()}, _channels(unet, latents)
+    return flops_of(lambda: predict(networks, latents, torch.empty(PROBE), context, channels=channels)) / PROBE
+
+
 def _unet_flops(
     unet: UNet2DConditionModel, control: ControlNetModel | None, latents: Tensor, context: Context, image: Tensor
 ) -> float:
     """FLOPs of one forward and backward pass of one example; beside a ControlNet the U-Net only passes gradients on."""
     networks = {"unet": unet.train().requires_grad_(control is None), "control": control}
-    more = unet.config["in_channels"] - latents.shape[1]
-    channels = torch.empty(PROBE, more, *latents.shape[2:]) if more else None
+    channels = _channels(unet, latents)
     shown = None if control is None else image
 
     def run() -> None:

@@ -48,7 +48,15 @@ def with_prior(recipe: Recipe, source: Source, weights: Mapping[str, str]) -> So
         UserError: `finetune.prior.path` is no folder of pictures.
     """
     prior = recipe.finetune.prior if recipe.finetune is not None else None
-    return source if prior is None else Alternating(source, _of_class(recipe, weights), prior.weight)
+    if prior is None:
+        return source
+    return Alternating(source, _of_class(recipe, weights), prior.weight, prior.target == "prediction")
+
+
+def keeps(recipe: Recipe) -> bool:
+    """Whether the model is asked, while it trains, what it predicted of class pictures before."""
+    prior = recipe.finetune.prior if recipe.finetune is not None else None
+    return prior is not None and prior.target == "prediction"
 
 
 def _of_class(recipe: Recipe, weights: Mapping[str, str]) -> Source:

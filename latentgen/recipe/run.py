@@ -62,7 +62,7 @@ from latentgen.recipe.finetune import (
 from latentgen.recipe.load import dump_recipe, load_recipe
 from latentgen.recipe.plan import Plan, make_plan
 from latentgen.recipe.presets import filled
-from latentgen.recipe.prior import make_class_pictures, with_prior
+from latentgen.recipe.prior import keeps, make_class_pictures, with_prior
 from latentgen.recipe.reporting import Reporter, note_start
 from latentgen.recipe.schema import Recipe
 from latentgen.recipe.validation import validation, wanted
@@ -353,6 +353,7 @@ class Run:
             rates=training.rates,
             kernel=recipe.unet.attention_kernel,
             dtype=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
+            keeps=keeps(recipe),
         )
 
         def fetched(source: Source) -> CachedBatches:
@@ -399,6 +400,8 @@ class Run:
             values["sizes"] = np.tile(np.array(row, dtype=np.float32), (len(source), 1))
         if isinstance(source, Alternating):
             values["weight"] = source.weights()
+            if source.kept:
+                values["kept"] = source.is_beside()
         batches = CachedBatches(moments, texts, rows, self.recipe.diffusion.caption_dropout, values)
         return conditioned(self.recipe, model, source, batches)
 

@@ -260,6 +260,11 @@ class Prior(Section):
     pictures: int = Field(default=100, ge=1, description="how many are made")
     path: str | None = Field(default=None, description="folder of such pictures (null: they are made)")
     weight: float = Field(default=1.0, gt=0, description="of their loss; of the subject's it is 1")
+    target: Literal["prediction", "picture"] = Field(
+        default="prediction",
+        description="what is learned of them: what the model as it is predicts, noised picture by noised picture "
+        "(`full` holds a copy of the U-Net for that), or the pictures themselves",
+    )
 
     def prompts(self) -> tuple[str, ...]:
         """What picture i shows, i counted on past the last one from the beginning."""

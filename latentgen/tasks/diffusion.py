@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from latentgen.pipelines.editing import hole_of, pixels
 from latentgen.pipelines.generate import Request, generate
 from latentgen.pipelines.pictures import grid, save_png
 from latentgen.tasks.adapting import drawn
+from latentgen.tasks.original import Original
 
 LEVELS = 4
 """Parts of the noise levels whose errors are logged apart; each holds as many training examples."""
@@ -116,6 +117,7 @@ class DiffusionTask:
         columns: how many of them share a prompt and so a row.
         kernel: attention kernel while training, as `models.unet.attention_kernel` names them.
         dtype: what the U-Net computes in, which decides the kernel that "auto" takes.
+        keeps: whether examples that the batch marks `kept` are to be predicted as they are before training.
     """
 
     name = "unet"
@@ -131,10 +133,12 @@ class DiffusionTask:
         rates: Mapping[str, float] | None = None,
         kernel: str = "auto",
         dtype: torch.dtype = torch.float32,
+        keeps: bool = False,
     ) -> None:
         self.model, self.objective, self.previews, self.columns = model, objective, previews, columns
         self.kernel, self.dtype, self.rates = kernel, dtype, dict(rates or {})
         self._frozen = model.networks()
+        self.original = Original(self._frozen) if keeps else None
         self.modules: dict[str, nn.Module] = {name: self._frozen.pop(name) for name in trains}
         self.averaged: tuple[str, ...] = tuple(trains)
         if objective.balanced or objective.density is None:
@@ -231,7 +235,10 @@ class DiffusionTask:
         learned: the variational bound's terms summed over all times, in bits per dimension.
         """
         d, p, o = self.draws(batch, draw), self.objective.parameterization, self.objective
-        error, each, out = self._errors(self._networks(), d, training=True)
+        target = p.target(d.x0, d.noise, d.sigma)
+        if self.original is not None:
+            target = self._as_before(self.original, batch, d, target)
+        error, each, out = self._errors(self._networks(), d, target, training=True)
         loss = each * d.share
         if "log_variance" in self.modules:
             u = self.modules["log_variance"](d.sigma)
@@ -246,14 +253,33 @@ class DiffusionTask:
             loss, values["vlb"] = loss + o.vlb_weight * vlb, vlb.mean()
         return {"loss": loss.mean(), **values}
 
-    def _errors(self, networks: Networks, d: Noised, *, training: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each example `[b]` the squared error and the weighted loss; and all that the network gives."""
-        p, o = self.objective.parameterization, self.objective
-        c = p.scalings(d.sigma)
+    def _as_before(self, original: Original, batch: Any, d: Noised, target: Tensor) -> Tensor:
+        """`target`, but of the examples that are kept what the model predicted of them before it was trained."""
+        rows = batch["kept"].nonzero()[:, 0]
+        some = rows if len(rows) else torch.arange(1)  # all processes ask, because cut networks meet to be asked
+        with original.networks() as networks:
+            context = self._context(networks, {name: value[some] for name, value in batch.items()})
+            chosen = some.to(target.device)
+            channels = None if d.channels is None else d.channels[chosen]
+            out = self._predict(
+                networks, replace(d, x=d.x[chosen], sigma=d.sigma[chosen], context=context, channels=channels)
+            )
+        return target.index_copy(0, chosen, out[:, : target.shape[1]]) if len(rows) else target
+
+    def _predict(self, networks: Networks, d: Noised, *, training: bool = False) -> Tensor:
+        """All that the U-Net gives, in float32."""
+        c = self.objective.parameterization.scalings(d.sigma)
         with attention_kernel(self.kernel, device=d.x.device, dtype=self.dtype, training=training):
             x_in = per_example(c.c_in, d.x) * d.x
-            out = predict(networks, x_in, c.c_noise, d.context, channels=d.channels, control=d.control).float()
-        prediction, target = out[:, : d.x.shape[1]], p.target(d.x0, d.noise, d.sigma)
+            return predict(networks, x_in, c.c_noise, d.context, channels=d.channels, control=d.control).float()
+
+    def _errors(
+        self, networks: Networks, d: Noised, target: Tensor, *, training: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each example `[b]` the squared error and the weighted loss; and all that the network gives."""
+        p, o = self.objective.parameterization, self.objective
+        out = self._predict(networks, d, training=training)
+        prediction = out[:, : d.x.shape[1]]
         fraction = p.fraction_of_sigma(d.sigma)
         error = mse(prediction, target, fraction, d.sigma)
         each = (error if o.loss is mse else o.loss(prediction, target, fraction, d.sigma)) * o.weight(d.sigma, p)
@@ -272,7 +298,8 @@ class DiffusionTask:
         sigma = (o.density or uniform)(u, o.parameterization).to(device)
         networks = {**self._frozen, **averaged}
         d = self._noised(networks, batch, draw, u, sigma, torch.ones_like(sigma))
-        error, each, _ = self._errors(networks, d, training=False)
+        target = o.parameterization.target(d.x0, d.noise, d.sigma)
+        error, each, _ = self._errors(networks, d, target, training=False)
         return {"loss": each, "error": error}
 
     def preview(self, averaged: Mapping[str, nn.Module], step: int, folder: Path) -> dict[str, float]:

@@ -20,17 +20,19 @@ class Alternating:
 
     Args:
         weight: what an example of `beside` counts in the loss; one of `own` counts 1.
+        kept: whether examples of `beside` are to be predicted as the model predicted them before training.
     """
 
     own: Source
     beside: Source
     weight: float = 1.0
+    kept: bool = False
 
     def __len__(self) -> int:
         return length(len(self.own), len(self.beside))
 
     def key(self) -> str:
-        """Of the pictures and captions; the weight is none of them."""
+        """Of the pictures and captions; neither the weight nor what is kept is of them."""
         return content_key("alternating", self.own.key(), self.beside.key())
 
     def _at(self, index: int) -> tuple[Source, int]:
@@ -57,9 +59,13 @@ class Alternating:
         source, number = self._at(index)
         return source.contrasts(number, caption)
 
+    def is_beside(self) -> NDArray[np.bool_]:
+        """Which examples are of `beside` `[n]`."""
+        return np.arange(len(self)) % 2 == 1
+
     def weights(self) -> NDArray[np.float32]:
         """What each example counts `[n]`."""
-        return np.where(np.arange(len(self)) % 2, self.weight, 1.0).astype(np.float32)
+        return np.where(self.is_beside(), self.weight, 1.0).astype(np.float32)
 
 
 def length(own: int, beside: int) -> int:
