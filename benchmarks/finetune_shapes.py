@@ -32,6 +32,8 @@ import numpy as np
 import torch
 from new_shape import (
     ARROW,
+    ASKED,
+    SHOWN,
     Ask,
     Example,
     arrow_example,
@@ -151,6 +153,7 @@ class Judged:
 
     Attributes:
         alone, shapes: of prompts for one arrow: everything is right; the shape is.
+        small: of prompts for a small arrow, of which none was shown: everything is right.
         beside: of prompts for an arrow and another shape.
         world: of the standing prompts, by the world's judge.
         false: how many arrows were found in the pictures of the standing prompts.
@@ -158,6 +161,7 @@ class Judged:
 
     alone: list[int]
     shapes: list[int]
+    small: list[int]
     beside: list[int]
     world: list[int]
     false: int
@@ -179,17 +183,19 @@ def drawer(model: Model, what: str, total: int) -> Draw:
 
 
 def judge_arrows(folder: Path, word: str, prompts: Sequence[Prompt], number: int, sheet: Path) -> Judged:
-    """Draw and judge; `number` pictures of every prompt for one arrow, one of all others."""
+    """Draw and judge; `number` pictures of every prompt for one arrow, one of all others. Every picture has a seed of
+    its own, the same one for all models."""
     model = open_model(folder).model
-    alone, beside = asks_alone(word), asks_beside(word)
-    draw = drawer(model, folder.parent.name, number * len(alone) + len(beside) + len(prompts))
+    alone, small, beside = asks_alone(word), asks_alone(word, ("small",)), asks_beside(word)
+    draw = drawer(model, folder.parent.name, number * len(alone) + len(small) + len(beside) + len(prompts))
 
     def verdicts(asks: Sequence[Ask], each: int) -> tuple[list[Image.Image], list[Verdict]]:
-        jobs = [(ask, seed) for ask in asks for seed in range(each)]
-        pictures = draw([ask.text for ask, _ in jobs], [seed for _, seed in jobs])
-        return pictures, [judged(picture, ask) for picture, (ask, _) in zip(pictures, jobs, strict=True)]
+        jobs = [ask for ask in asks for _ in range(each)]
+        pictures = draw([ask.text for ask in jobs], range(len(jobs)))
+        return pictures, [judged(picture, ask) for picture, ask in zip(pictures, jobs, strict=True)]
 
     arrows, first = verdicts(alone, number)
+    _, tiny = verdicts(small, 1)
     pairs, second = verdicts(beside, 1)
     false = 0
 
@@ -204,6 +210,7 @@ def judge_arrows(folder: Path, word: str, prompts: Sequence[Prompt], number: int
     return Judged(
         [int(v.ok) for v in first],
         [int(v.checks["shape"]) for v in first],
+        [int(v.ok) for v in tiny],
         [int(v.ok) for v in second],
         [int(outcome.ok) for outcome in report.outcomes],
         false,
@@ -257,24 +264,30 @@ def difference(prompts: Sequence[Prompt], one: Sequence[int], other: Sequence[in
     return f"{100 * np.mean([g.mean() for g in groups]):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
+def _listed(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
 def shape_table(prompts: Sequence[Prompt], base: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, one way to fine-tune a line, the model as it was first."""
-    alone, beside = len(asks_alone()), len(asks_beside())
+    alone, small, beside = len(asks_alone()), len(base["small"]), len(asks_beside())
     lines = [
-        f"Arrows, from {PICTURES} pictures of red, yellow, green and blue ones, asked for in orange, purple, pink and "
-        f"black: {alone} prompts for one arrow, {len(base['alone']) // alone} pictures each; {beside} for one beside "
-        f"another shape and {len(prompts)} standing prompts of the world, one picture each. Percent of pictures that "
-        "show all that was asked for, with 95% intervals over prompts; 20 steps of `dpmpp_2m`, scale 4, weight 1.",
+        f"Arrows, from {PICTURES} pictures of large {_listed(SHOWN)} ones, asked for in {_listed(ASKED)}: {alone} "
+        f"prompts for one arrow, large or of no size, {len(base['alone']) // alone} pictures each; {small} for a small "
+        f"one, {beside} for one beside another shape (neither was shown) and {len(prompts)} standing prompts of the "
+        "world, one picture each. Percent of pictures that show all that was asked for, with 95% intervals over "
+        "prompts; 20 steps of `dpmpp_2m`, scale 4, weight 1.",
         "",
-        "| way | steps | seconds | KiB | an arrow | its shape | beside another shape | the world before | after | "
-        "difference | arrows there |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| way | steps | seconds | KiB | an arrow | its shape | a small one | beside another shape | the world before "
+        "| after | difference | arrows there |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     world = share(base["world"], len(prompts))
     for row in ({"way": "as it was", "steps": 0, "seconds": 0, "size": 0, **base}, *rows):
         change = "-" if row["way"] == "as it was" else difference(prompts, row["world"], base["world"])
         cells = [row["way"], f"{row['steps']}", f"{row['seconds']:.0f}", f"{row['size']:.0f}"]
-        cells += [share(row["alone"], alone), share(row["shapes"], alone), share(row["beside"], beside)]
+        cells += [share(row["alone"], alone), share(row["shapes"], alone), share(row["small"], small)]
+        cells.append(share(row["beside"], beside))
         cells += [world, share(row["world"], len(prompts)), change, f"{row['false']}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

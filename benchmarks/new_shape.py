@@ -25,7 +25,7 @@ from latentgen.evals.shapes_score import Verdict, judge
 from latentgen.pipelines.pictures import save_png
 
 ARROW = "arrow"
-SHOWN = ("red", "yellow", "green", "blue")
+SHOWN = ("red", "yellow", "green", "blue", "pink")
 """Colours of the arrows that are shown."""
 
 ASKED = tuple(colour for colour in COLOURS if colour not in SHOWN)
@@ -76,12 +76,12 @@ def _alone(draws: Draws, shape: str, colour: str, size: str) -> Scene:
     return Scene("single", draws.pick(tuple(BACKGROUNDS)), (Item(shape, colour, size, x, y, radius),))
 
 
-def arrow_example(number: int, word: str = ARROW) -> Example:
+def arrow_example(number: int, word: str = ARROW, shape: str = ARROW) -> Example:
     """Picture `number` of a large arrow in one of the colours shown, anywhere, as people show what they have; its
-    caption calls it `word`, and says its colour and the background."""
+    caption calls it `word`, and says its colour and the background. In its place there may be another `shape`."""
     draws = Draws("arrow", number)
     colour = SHOWN[number % len(SHOWN)]
-    scene = _alone(draws, ARROW, colour, "large")
+    scene = _alone(draws, shape, colour, "large")
     said = Requirement((Wanted(word, colour),), background=scene.background)
     return Example(render(scene, shapes=WITH_ARROW), phrase(said, draws))
 
@@ -116,26 +116,27 @@ class Ask:
 
 
 def _ask(word: str, draws: Draws, requirement: Requirement) -> Ask:
-    """The prompt says `word` where the requirement says arrow."""
-    said = tuple(Wanted(word if w.shape == ARROW else w.shape, w.colour, w.size) for w in requirement.wanted)
+    """The prompt says `word` where the requirement says its first shape."""
+    first, *others = requirement.wanted
+    said = (Wanted(word, first.colour, first.size), *others)
     spoken = Requirement(said, relation=requirement.relation, background=requirement.background)
     return Ask(phrase(spoken, draws), requirement)
 
 
-def asks_alone(word: str = ARROW, sizes: Sequence[str | None] = (None, "large")) -> list[Ask]:
-    """Prompts for one arrow, 12 for each of `sizes` (None: nothing is said of it): the colours not shown, with and
-    without a background."""
+def asks_alone(word: str = ARROW, sizes: Sequence[str | None] = (None, "large"), shape: str = ARROW) -> list[Ask]:
+    """Prompts for one arrow, or for one of `shape`, 9 for each of `sizes` (None: nothing is said of it): the colours
+    not shown, with and without a background."""
     return [
         _ask(word, Draws("alone", colour, size or "", background or ""), requirement)
         for colour in ASKED
         for size in sizes
         for background in (None, *BACKGROUNDS)
-        for requirement in (Requirement((Wanted(ARROW, colour, size),), background=background),)
+        for requirement in (Requirement((Wanted(shape, colour, size),), background=background),)
     ]
 
 
 def asks_beside(word: str = ARROW) -> list[Ask]:
-    """36 prompts for an arrow in a colour not shown, and a shape of the world: beside each other, or in a relation.
+    """27 prompts for an arrow in a colour not shown, and a shape of the world: beside each other, or in a relation.
 
     No picture with two objects was shown.
     """
