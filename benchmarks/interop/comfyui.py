@@ -232,9 +232,9 @@ def head(checkout: Path, shapes: Sequence[str]) -> str:
     layers = f"attention and feed-forward layers{attention_only and f' ({attention_only}: attention only)'}"
     return f"""# ComfyUI draws our pictures
 
-`python benchmarks/interop/comfyui.py --comfyui CHECKOUT --shapes {" ".join(shapes)} --docs`: random models in the shapes
-of published ones, stored in fp16 and exported as a single file, and random adapters on the {layers}
-of U-Net and text encoders; drawn here and by ComfyUI's own code from the same noise, in fp32.
+`python benchmarks/interop/comfyui.py --comfyui CHECKOUT --shapes {" ".join(shapes)} --docs`:
+random models in the shapes of published ones, stored in fp16 and exported as a single file, and random adapters on the
+{layers} of U-Net and text encoders; drawn here and by ComfyUI's own code from the same noise, in fp32.
 {SIDE} px, {STEPS} steps at the levels of "{SCHEDULE}", cfg {SCALE:g}, a negative prompt.
 
 Numbers are of 255: the standard deviation of our picture; the mean change that the adapter or the other prompt makes to
