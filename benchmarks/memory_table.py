@@ -372,7 +372,7 @@ def denoising_loss(unet: UNet2DConditionModel, side: int, examples: int, seed: i
     return (out - noise).square().mean()
 
 
-def allocator_peak(run: Callable[[], None]) -> int:
+def allocator_peak(run: Callable[[], object]) -> int:
     """The most bytes alive in torch's CPU allocator while `run` runs, of those it allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
