@@ -2,9 +2,9 @@
 
 The networks are built from their published shapes, on the meta device: nothing is downloaded, and no GPU is needed.
 
-    python benchmarks/memory_table.py > benchmarks/results/memory.md    the table (some minutes)
-    python benchmarks/memory_table.py --check                           predicted against measured, on the CPU
-    python benchmarks/memory_table.py --step                            real steps on the CPU at reduced depth
+    python benchmarks/memory_table.py > benchmarks/results/memory.md                  the table (some minutes)
+    python benchmarks/memory_table.py --check > benchmarks/results/memory-check.md    predicted against measured, on the
+                                                                                      CPU, at reduced depth
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ PUBLISHED = {
 
 WORDS = 77
 """Tokens of a caption."""
+
+STEPS = 4
+"""Of each case that is measured."""
 
 METHODS = ("full", "LoRA 16", "LoRA 16 + text", "ControlNet")
 SIDES, PRECISIONS = (512, 1024), ("bf16", "fp32")
@@ -223,13 +226,16 @@ def check() -> None:
 CHECK_HEAD = """\
 # Predicted and measured
 
-`benchmarks/memory_table.py --check`: two training steps (forward, backward, AdamW, average) on one CPU thread in
-float32, each case in a fresh process. *allocator*: the most bytes alive in torch's CPU allocator, by its profiler.
-*process*: the most that the process's resident memory grew. Predicted is what the meta device says, without the
-allowances for libraries and splinters.
+`benchmarks/memory_table.py --check`: four training steps (forward, backward, AdamW, average) on one CPU thread in
+float32, each case in a fresh process. *allocator*: the most bytes alive in torch's CPU allocator, by its profiler, of
+two steps. *process*: the most that the process's resident memory grew. Predicted is what the meta device says, without
+the allowances for libraries and splinters. *loss*: of the first and of the last step, of the same examples and noise
+from random weights; a case in which it does not fall is an error.
 
-| case | predicted MiB | allocator | error | process | error |
-|---|---|---|---|---|---|"""
+Nothing here was measured on a GPU.
+
+| case | parameters | predicted MiB | allocator | error | process | error | loss |
+|---|---|---|---|---|---|---|---|"""
 
 
 def shapes_unet() -> UNet2DConditionModel:
@@ -271,6 +277,11 @@ CASES = {
     "the same, 4 examples, checkpointed": Case(shallow_sd, 32, 4, checkpointing=True),
     "the same, LoRA 16, 4 examples": Case(shallow_sd, 32, 4, method="LoRA 16"),
     "the same, LoRA 16, 4 examples, checkpointed": Case(shallow_sd, 32, 4, method="LoRA 16", checkpointing=True),
+    "SD 1.5 with one block a level, 128 px, 1 example, LoRA 16": Case(lambda: small_unet(1), 16, 1, "LoRA 16"),
+    "SDXL with one block a level and one transformer layer, 128 px, 1 example, LoRA 16": Case(
+        lambda: large_unet(1, (1, 1, 1)), 16, 1, "LoRA 16"
+    ),
+    "the same, checkpointed, 256 px": Case(lambda: large_unet(1, (1, 1, 1)), 32, 1, "LoRA 16", checkpointing=True),
 }
 
 
@@ -280,34 +291,47 @@ def run_case(name: str) -> None:
     torch.set_num_threads(1)
     predicted = predicted_peak(case)
     with ResidentPeak() as resident:  # first: the profiler takes memory of its own
-        train_case(case)
-    allocated = allocator_peak(lambda: train_case(case))
-    numbers = [f"{predicted / 2**20:.0f}"]
+        losses = train_case(case)
+    assert losses[-1] < losses[0], f"{name}: the loss does not fall: {losses}"
+    allocated = allocator_peak(lambda: train_case(case, 2))  # the second has moments and an average
+    with torch.device("meta"):
+        count = count_parameters(prepared(case.unet(), case))
+    numbers = [f"{count / 1e6:.0f} M", f"{predicted / 2**20:.0f}"]
     for measured in (allocated, resident.peak):
         numbers += [f"{measured / 2**20:.0f}", f"{predicted / measured - 1:+.1%}"]
-    print(f"| {name} | {' | '.join(numbers)} |")
+    print(f"| {name} | {' | '.join(numbers)} | {losses[0]:.4f} to {losses[-1]:.4f} |")
 
 
 def predicted_peak(case: Case) -> int:
     """Of the U-Net, its moments and its average, and of a step: what `train_case` makes."""
     with torch.device("meta"):
         unet = case.unet()
-        latents, width = unet.config["in_channels"], unet.config["cross_attention_dim"]
-        kind: Any = AutoencoderKL  # the library's annotations admit one level only
-        vae = kind(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8,) * 4,
-            norm_num_groups=4,
-            latent_channels=latents,
-        )
-        words = train_tokenizer(["any words"], 514, WORDS)
-        tower = Tower("text_encoder", CLIPTextModel(text_config(width, 1, 2, width, "gelu")), words)
-        made = Model(vae=vae, towers=(tower,), unet=unet, prediction="eps", schedule={})
+        made = replace(model("SDXL"), unet=unet) if _sized(unet) else around(unet)
         prepared(unet, case)
     found = memory_of(Training(made, ("unet",), {}), Setting(8 * case.side))[case.checkpointing]
     step = found.alone(case.examples) if case.parts == 1 else found.trained + found.further(case.examples)
     return found.weights["unet"] + found.optimizer + found.averages + step
+
+
+def _sized(unet: UNet2DConditionModel) -> bool:
+    """Whether it reads pooled text and the pictures' sizes, as SDXL's."""
+    return unet.config["addition_embed_type"] == "text_time"
+
+
+def around(unet: UNet2DConditionModel) -> Model:
+    """A model with a very small autoencoder and text encoder, which a step does not run."""
+    latents, width = unet.config["in_channels"], unet.config["cross_attention_dim"]
+    kind: Any = AutoencoderKL  # the library's annotations admit one level only
+    vae = kind(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+        latent_channels=latents,
+    )
+    words = train_tokenizer(["any words"], 514, WORDS)
+    tower = Tower("text_encoder", CLIPTextModel(text_config(width, 1, 2, width, "gelu")), words)
+    return Model(vae=vae, towers=(tower,), unet=unet, prediction="eps", schedule={})
 
 
 def prepared(unet: UNet2DConditionModel, case: Case) -> UNet2DConditionModel:
@@ -316,32 +340,19 @@ def prepared(unet: UNet2DConditionModel, case: Case) -> UNet2DConditionModel:
     return unet
 
 
-def train_case(case: Case) -> None:
-    """Two steps with numbers, without what the CPU's own layouts would need (`models.quick`)."""
+def train_case(case: Case, steps: int = STEPS) -> list[float]:
+    """Steps with numbers, without what the CPU's own layouts would need (`models.quick`): the loss of each."""
     torch.manual_seed(0)
-    train_steps(prepared(case.unet(), case), case.side, case.examples, case.parts, case.checkpointing, steps=2)
-
-
-def train_steps(
-    unet: UNet2DConditionModel,
-    side: int,
-    examples: int,
-    parts: int,
-    checkpointing: bool,
-    steps: int,
-    rate: float = 1e-4,
-) -> list[float]:
-    """The loss of each step, of the same examples and noise."""
-    unet.train()
-    if checkpointing:
+    unet = prepared(case.unet(), case).train()
+    if case.checkpointing:
         checkpoint_activations(unet, "auto", dtype=torch.float32)
     optimizer = build_optimizer({"unet": unet}, kind="adamw", lr=1e-4, betas=(0.9, 0.99), weight_decay=0.01)
     average, losses = Ema(unet, 0.99), []
     for step in range(steps):
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for part in range(parts):
-            loss = denoising_loss(unet, side, examples, part) / parts
+        for part in range(case.parts):
+            loss = denoising_loss(unet, case.side, case.examples, part) / case.parts
             loss.backward()
             total += float(loss.detach())
             del loss
@@ -355,13 +366,13 @@ def denoising_loss(unet: UNet2DConditionModel, side: int, examples: int, seed: i
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
     noise = draw(examples, unet.config["in_channels"], side, side)
     context = Context(draw(examples, WORDS, unet.config["cross_attention_dim"]))
-    if unet.config["addition_embed_type"] == "text_time":
+    if _sized(unet):
         context = context._replace(pooled=draw(examples, 1280), sizes=torch.full((examples, 6), 8.0 * side))
     out = predict({"unet": unet}, 0.5 * draw(*noise.shape) + noise, torch.full((examples,), 500.0), context)
     return (out - noise).square().mean()
 
 
-def allocator_peak(run: Callable[[], None]) -> int:
+def allocator_peak(run: Callable[[], object]) -> int:
     """The most bytes alive in torch's CPU allocator while `run` runs, of those it allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
@@ -390,35 +401,15 @@ class ResidentPeak:
         self._thread.join()
 
 
-def step() -> None:
-    """Real steps at reduced depth: the loss of the same noise must fall."""
-    torch.set_num_threads(1)
-    for name, make, method in (
-        ("two levels of SD 1.5, all weights", shallow_sd, "full"),
-        ("SD 1.5 with one block a level, LoRA 16", lambda: small_unet(1), "LoRA 16"),
-        ("SDXL with one block a level and one transformer layer, LoRA 16", lambda: large_unet(1, (1, 1, 1)), "LoRA 16"),
-    ):
-        torch.manual_seed(0)
-        side, case = 16, Case(make, 16, 1, method)
-        unet = prepared(make(), case)
-        losses = train_steps(unet, side, 1, 1, checkpointing=True, steps=4)
-        print(f"{name}: {count_parameters(unet) / 1e6:.0f} M parameters, {8 * side} px, loss "
-              + " -> ".join(f"{loss:.4f}" for loss in losses), flush=True)  # fmt: skip
-        assert losses[-1] < losses[0], "the loss does not fall"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="predicted against measured peaks, on the CPU")
-    parser.add_argument("--step", action="store_true", help="real steps at reduced depth, on the CPU")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.case:
         run_case(asked.case)
     elif asked.check:
         check()
-    elif asked.step:
-        step()
     else:
         table()
 

@@ -5,8 +5,8 @@
 CHECKOUT is ComfyUI's repository, PYTHON one that has what it needs. A model with random weights in the shape of Stable
 Diffusion 1.5 (and one of Segmind Vega's, which has SDXL's two text encoders) is made in fp16 and exported by
 `latentgen export`, random adapters and words for it are written in the layouts that ComfyUI reads, and both programs
-draw: no network, no GPU; some ten minutes of two cores and 10 GB a shape. Both are given the same start and the same
-noise levels.
+draw: no network, no GPU; some ten minutes of two cores, and 6 GB of memory (Vega: 12 GB). Both are given the same start
+and the same noise levels.
 
 Pictures must be within 2/255 at every pixel; text states within 1e-3 of their spread. Exits with 1 where they are not.
 DoRA is shown without a bar: ComfyUI's formula is another one (docs/finetune.md).
@@ -226,14 +226,15 @@ def version_of(checkout: Path) -> str:
     return found[1] if found else "of unknown version"
 
 
-def head(checkout: Path) -> str:
+def head(checkout: Path, shapes: Sequence[str]) -> str:
     """What was done, with what."""
+    attention_only = ", ".join(TITLES[shape] for shape in shapes if TARGETS[shape] == ("attention",))
+    layers = f"attention and feed-forward layers{attention_only and f' ({attention_only}: attention only)'}"
     return f"""# ComfyUI draws our pictures
 
-`python benchmarks/interop/comfyui.py --comfyui CHECKOUT --shapes sd1 vega --docs`: random models in the shapes of
-published ones, stored in fp16 and exported as a single file, and random adapters on the attention and feed-forward
-layers (Vega: attention only) of U-Net and text encoders; drawn here and by ComfyUI's own code from the same noise, in
-fp32.
+`python benchmarks/interop/comfyui.py --comfyui CHECKOUT --shapes {" ".join(shapes)} --docs`:
+random models in the shapes of published ones, stored in fp16 and exported as a single file, and random adapters on the
+{layers} of U-Net and text encoders; drawn here and by ComfyUI's own code from the same noise, in fp32.
 {SIDE} px, {STEPS} steps at the levels of "{SCHEDULE}", cfg {SCALE:g}, a negative prompt.
 
 Numbers are of 255: the standard deviation of our picture; the mean change that the adapter or the other prompt makes to
@@ -269,7 +270,7 @@ def main() -> None:
         said.append(f"## {TITLES[shape]}\n\n{table(found)}\n")
         print(said[-1], flush=True)
     if o.docs:
-        write_text(RESULTS, "\n".join([head(o.comfyui), *said]))
+        write_text(RESULTS, "\n".join([head(o.comfyui, o.shapes), *said]))
     sys.exit(0 if good else 1)
 
 

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from latentgen.recipe.finetune import makes_adapter
 from latentgen.recipe.load import dump_recipe, load_recipe
+from latentgen.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+FINETUNE = [path for path in CONFIGS if load_recipe(path).unet.source is not None]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,13 @@ def small(path: Path, model: Path, pictures: Path, folder: Path) -> list[str]:
     return words
 
 
+def made_by(recipe: Recipe) -> str:
+    """The folder of a run that has its result."""
+    if recipe.finetune is not None and recipe.finetune.control is not None:
+        return "control"
+    return "adapter" if makes_adapter(recipe) else "model"
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_recipe_loads_and_survives_being_written_out(path, tmp_path):
     recipe = load_recipe(path)
@@ -79,10 +89,33 @@ def test_recipe_is_planned_and_trains(path, programs, model, pictures, tree, tmp
     done = programs("train", "--config", path, *words, cwd=tmp_path)
     assert done.code == 0, done.err
     recipe = load_recipe(path)
-    follows = recipe.finetune is not None and recipe.finetune.control is not None
-    made = "adapter/adapter.json" if makes_adapter(recipe) else "model/model_index.json"
-    result = "control/config.json" if follows else made
-    assert (tmp_path / "runs" / recipe.name / result).is_file()
+    index = {"adapter": "adapter.json", "model": "model_index.json", "control": "config.json"}
+    assert (tmp_path / "runs" / recipe.name / made_by(recipe) / index[made_by(recipe)]).is_file()
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    return {name: tiny.saved(name, tmp_path_factory.mktemp(name) / "model") for name in ("sd1", "sdxl")}
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_finetuning_recipe_trains_models_of_others(family, path, programs, families, pictures, tmp_path):
+    """The result draws something else than the model that it began from."""
+    recipe, words = load_recipe(path), small(path, families[family], pictures, tmp_path)
+    done = programs("train", "--config", path, *words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    result = tmp_path / "runs" / recipe.name / made_by(recipe)
+    drawing = ["--controlnet", result, "--control", pictures / "0.png"] if result.name == "control" else []
+    model = families[family] if drawing else result
+    options = ["--num", 1, "--steps", 1, "--height", 64, "--width", 64, "--device", "cpu"]
+    taught = next(iter(recipe.finetune.tokens), "circle") if recipe.finetune is not None else "circle"
+    drawn = []
+    for words in ([f"a red {taught}", "--model", model, *drawing], ["a red circle", "--model", families[family]]):
+        done = programs("sample", *words, *options, cwd=tmp_path)
+        assert done.code == 0, done.err
+        drawn.append(np.asarray(Image.open(tmp_path / done.out.strip())))
+    assert not np.array_equal(*drawn)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

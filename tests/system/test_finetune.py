@@ -41,8 +41,8 @@ METHODS = {
     "loha": "{method: loha, rank: 2, targets: [attention, convolution]}",
     "word": "{method: none, tokens: {<thing>: {start: circle, vectors: 2}}}",
     "word and lora": "{rank: 2, tokens: {<thing>: {}}, token_learning_rate: 1.0e-2}",
+    "full with prior": "{method: full, prior: {prompt: ['', a red circle, a star], pictures: 4}}",
 }
-MINI = ("full", "full with text", "lora", "lora everywhere", "dora", "lokr", "loha", "word", "word and lora")
 
 
 def recipe(folder: Path, model: Path, method: str) -> Path:
@@ -91,7 +91,7 @@ def drawn(programs: Any, model: Path, cwd: Path, prompt: str, *more: Any) -> lis
     return [np.asarray(Image.open(cwd / line)) for line in done.out.splitlines()]
 
 
-@pytest.mark.parametrize("method", MINI)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_last_preview_is_what_users_draw(method: str, programs: Any, model: Path, tmp_path: Path) -> None:
     run = trained(programs, recipe(tmp_path, model, method))
     prompt = "a red <thing>" if "word" in method else "a red circle"
@@ -103,7 +103,7 @@ def test_the_last_preview_is_what_users_draw(method: str, programs: Any, model: 
     assert not np.array_equal(before[0], pictures[0])
 
 
-@pytest.mark.parametrize("method", ["lora everywhere", "word and lora", "full with text"])
+@pytest.mark.parametrize("method", ["lora everywhere", "word and lora", "full with text", "full with prior"])
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_other_families(family: str, method: str, programs: Any, families: dict[str, Path], tmp_path: Path) -> None:
     run = trained(programs, recipe(tmp_path, families[family], method))

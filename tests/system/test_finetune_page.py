@@ -47,6 +47,8 @@ SHORT = {
     "sample": ["--num=1", "--steps=1", "--device=cpu"],
 }
 """What is added to a command of the page."""
+WITH_PRIOR = ("finetune-lora", "finetune-dreambooth", "rex.yaml")
+"""Recipes that make class pictures."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ COMMANDS = on_the_page()
 
 
 def test_the_page_is_read_whole() -> None:
-    assert PAGE.count("```bash\n") + PAGE.count("```console\n") + PAGE.count("```text\n") == PAGE.count("```") // 2
+    kinds = ("bash", "console", "text", "yaml")
+    assert sum(PAGE.count(f"```{kind}\n") for kind in kinds) == PAGE.count("```") // 2
     assert len(COMMANDS) > 20
     assert all(command.said is None or command.said.startswith("error: ") for command in COMMANDS)
 
@@ -92,6 +95,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"state_dict": load_file(folder / "sd15.safetensors")}, folder / "old.ckpt")
     lora(shapes_of({"unet": tiny_models.tiny_unet("sd1")}), folder / "style.safetensors")
     lora(family_shapes("sdxl"), folder / "sdxl-style.safetensors")
+    for name, recipe in re.findall(r"^```yaml\n# (\S+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
+        (folder / name).write_text(recipe)
     (folder / "my_pictures").mkdir()
     rng = np.random.default_rng(0)
     for number in range(20):
@@ -127,7 +132,8 @@ def done(programs: Any, place: Path) -> list[tuple[int, str]]:
             ended = subprocess.run(words, cwd=place, capture_output=True, text=True)
             ends.append((ended.returncode, ended.stderr))
             continue
-        ended = programs(*words[1:], *SHORT.get(words[1], []), cwd=place, timeout=600)
+        few = ["finetune.prior.pictures=2"] if any(recipe in command.line for recipe in WITH_PRIOR) else []
+        ended = programs(*words[1:], *SHORT.get(words[1], []), *few, cwd=place, timeout=600)
         ends.append((ended.code, "\n".join(ended.errors)))
     return ends
 
