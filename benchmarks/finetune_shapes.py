@@ -1,13 +1,14 @@
 """Fine-tuning, measured: the shipped shapes model learns a new shape, and a style, from twenty pictures.
 
-    python benchmarks/finetune_shapes.py [--only lora dreambooth ...] [--quick] [--work runs/finetune-shapes]
+    python benchmarks/finetune_shapes.py [--only RECIPE ...] [--quick] [--set KEY=VALUE ...] [--work FOLDER]
 
 Each recipe of configs/finetune-*.yaml is trained as a user trains it, `latentgen train --config ... data.path=...`.
 
-* A shape: twenty pictures of an arrow, which the world of shapes lacks, in four of its colours. Then arrows are asked
-  for in the other four, and the judge, who knows the arrow's exact outline, says how many pictures show what was asked
-  for; and the standing prompts of the world, of which none names an arrow, say what was forgotten, picture by picture
-  against the model as it was.
+* A shape: twenty pictures of a large arrow, which the world of shapes lacks, in five of its colours. Then arrows are
+  asked for in the other three, and the judge, who knows the arrow's exact outline, says how many pictures show what was
+  asked for; and the standing prompts of the world, of which none names an arrow, say what was forgotten, picture by
+  picture against the model as it was. A word alone cannot teach a shape that no weight draws: what one can teach is
+  measured with a word for hearts.
 * A style: twenty pictures of outlined shapes. How much of what an outline encloses is background, by the LoRA's weight.
 
 Writes benchmarks/results/finetune_shapes.{json,md}. What was trained and judged is kept in --work, and reused while the
@@ -82,11 +83,18 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Way:
-    """A recipe to try: its file, what to call it, and the word that its captions and prompts say for an arrow."""
+    """A recipe to try: its file, what to call it, the word that its captions and prompts say for an arrow, and the
+    shape that is to be learned in the place of an arrow."""
 
     config: str
     name: str
     word: str = ARROW
+    shape: str = ARROW
+
+    @property
+    def key(self) -> str:
+        """What names it here."""
+        return self.config if self.shape == ARROW else f"{self.config}-{self.shape}"
 
 
 WORD = "<thing>"
@@ -96,10 +104,11 @@ WAYS = (
     Way("finetune-lora", "LoRA"),
     Way("finetune-dreambooth", "DreamBooth"),
     Way("finetune-word", "textual inversion", WORD),
+    Way("finetune-word", "textual inversion of hearts, which it knows", WORD, "heart"),
     Way("finetune-pivotal", "pivotal tuning", WORD),
-    Way("finetune", "full"),
 )
 STYLE = Way("finetune-style", "style")
+BASE = Way("", "as it was")
 
 
 @dataclass(frozen=True)
@@ -112,22 +121,27 @@ class Trained:
     size: float
 
 
-def train(way: Way, work: Path, examples: Sequence[Example]) -> Trained:
-    """Train the recipe on the examples; what is finished, or partly there, is gone on with."""
+def train(way: Way, work: Path, examples: Sequence[Example], settings: Sequence[str]) -> Trained:
+    """Train the recipe, with these settings, on the examples; what is finished, or partly there, is gone on with."""
     config = Path("configs") / f"{way.config}.yaml"
-    key = content_key(VERSION, (ROOT / config).read_text(), [(e.image.tobytes().hex(), e.caption) for e in examples])[
-        :8
-    ]
-    pictures, name = work / "pictures" / f"{way.config}-{key}", f"{way.config}-{key}"
+    shown = [(e.image.tobytes().hex(), e.caption) for e in examples]
+    key = content_key(VERSION, (ROOT / config).read_text(), list(settings), shown)[:8]
+    pictures, name = work / "pictures" / f"{way.key}-{key}", f"{way.key}-{key}"
     if not (pictures / "metadata.jsonl").is_file():
         write_pictures(pictures, examples)
     run, spent = work / "runs" / name, 0.0
     kept = work / "runs" / f"{name}.json"
     if kept.is_file():
         spent = json.loads(kept.read_text())["seconds"]
-    result = run / "model" if way.config == "finetune" else run / "adapter"
+    result = run / "model" if way.config == "finetune-dreambooth" else run / "adapter"
     if not result.is_dir():
-        words = [f"name={name}", f"data.path={pictures}", f"data.cache={work / 'cache'}", "train.trackers=[]"]
+        words = [
+            f"name={name}",
+            f"data.path={pictures}",
+            f"data.cache={work / 'cache'}",
+            "train.trackers=[]",
+            *settings,
+        ]
         start = time.perf_counter()
         command = [sys.executable, "-m", "latentgen", "train", "--config", str(config), "--runs", str(work / "runs")]
         subprocess.run([*command, *words], check=True, cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ})
@@ -182,11 +196,15 @@ def drawer(model: Model, what: str, total: int) -> Draw:
     return draw
 
 
-def judge_arrows(folder: Path, word: str, prompts: Sequence[Prompt], number: int, sheet: Path) -> Judged:
+def judge_arrows(folder: Path, way: Way, prompts: Sequence[Prompt], number: int, sheet: Path) -> Judged:
     """Draw and judge; `number` pictures of every prompt for one arrow, one of all others. Every picture has a seed of
     its own, the same one for all models."""
     model = open_model(folder).model
-    alone, small, beside = asks_alone(word), asks_alone(word, ("small",)), asks_beside(word)
+    alone, small, beside = (
+        asks_alone(way.word, shape=way.shape),
+        asks_alone(way.word, ("small",), way.shape),
+        asks_beside(way.word, way.shape),
+    )
     draw = drawer(model, folder.parent.name, number * len(alone) + len(small) + len(beside) + len(prompts))
 
     def verdicts(asks: Sequence[Ask], each: int) -> tuple[list[Image.Image], list[Verdict]]:
@@ -320,20 +338,23 @@ def through_vae(examples: Sequence[Example]) -> list[Image.Image]:
         return to_pictures(decode(vae, mean))
 
 
-def measure_shape(way: Way, work: Path, prompts: Sequence[Prompt], number: int) -> dict[str, Any]:
-    trained = train(way, work, [arrow_example(i, way.word) for i in range(PICTURES)])
-    sheet = work / f"{way.config}.png"
+def measure_shape(
+    way: Way, work: Path, prompts: Sequence[Prompt], number: int, settings: Sequence[str]
+) -> dict[str, Any]:
+    examples = [arrow_example(i, way.word, way.shape) for i in range(PICTURES)]
+    trained = train(way, work, examples, settings)
+    sheet = work / f"{way.key}.png"
     key = weights_key(trained.folder, [prompt.text for prompt in prompts], number)
     found = kept(
-        work / "judged" / f"{way.config}-{key}.json",
-        lambda: asdict(judge_arrows(trained.folder, way.word, prompts, number, sheet)),
+        work / "judged" / f"{way.key}-{key}.json",
+        lambda: asdict(judge_arrows(trained.folder, way, prompts, number, sheet)),
     )
-    return {"way": way.name, "config": way.config, **_told(trained), **found}
+    return {"way": way.name, "config": way.key, **_told(trained), **found}
 
 
-def measure_style(work: Path, number: int) -> dict[str, Any]:
+def measure_style(work: Path, number: int, settings: Sequence[str]) -> dict[str, Any]:
     examples = [outlined_example(i) for i in range(PICTURES)]
-    trained = train(STYLE, work, examples)
+    trained = train(STYLE, work, examples, settings)
     key = weights_key(trained.folder, number)
     found = kept(
         work / "judged" / f"{STYLE.config}-{key}.json",
@@ -351,32 +372,35 @@ def _told(trained: Trained) -> dict[str, Any]:
 def main() -> None:
     """Train, judge, print the tables and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [way.config for way in (*WAYS, STYLE)]
+    names = [way.key for way in (*WAYS, STYLE)]
     parser.add_argument("--only", nargs="+", choices=names, metavar="RECIPE", help=f"of {', '.join(names)}")
     parser.add_argument(
         "--quick", action="store_true", help="126 standing prompts, one picture of each prompt for one arrow"
     )
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings for every recipe")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "finetune-shapes")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     chosen, work = options.only or names, options.work.resolve()
     prompts, number = standing_prompts(quick=options.quick), 1 if options.quick else 4
-    results: dict[str, Any] = {"prompts": len(prompts), "pictures": number}
+    results: dict[str, Any] = {"prompts": len(prompts), "pictures": number, "set": options.set}
     text = "# Fine-tuning\n\n"
-    if any(way.config in chosen for way in WAYS):
+    if options.set:
+        text += f"With {', '.join(f'`{word}`' for word in options.set)} in every recipe.\n\n"
+    if any(way.key in chosen for way in WAYS):
         key = weights_key(SHIPPED, [prompt.text for prompt in prompts], number)
         sheet = work / "base.png"
         base = kept(
-            work / "judged" / f"base-{key}.json", lambda: asdict(judge_arrows(SHIPPED, ARROW, prompts, number, sheet))
+            work / "judged" / f"base-{key}.json", lambda: asdict(judge_arrows(SHIPPED, BASE, prompts, number, sheet))
         )
         rows = []
-        for way in (way for way in WAYS if way.config in chosen):
-            rows.append(measure_shape(way, work, prompts, number))
+        for way in (way for way in WAYS if way.key in chosen):
+            rows.append(measure_shape(way, work, prompts, number, options.set))
             print(shape_table(prompts, base, rows[-1:]).splitlines()[-1], flush=True)
         results |= {"base": base, "shape": rows}
         text += shape_table(prompts, base, rows) + "\n"
-    if STYLE.config in chosen:
-        results["style"] = measure_style(work, 1 if options.quick else 2)
+    if STYLE.key in chosen:
+        results["style"] = measure_style(work, 1 if options.quick else 2, options.set)
         text += style_table(results["style"])
     print(text)
     if options.only is None and not options.quick:

@@ -135,17 +135,19 @@ def asks_alone(word: str = ARROW, sizes: Sequence[str | None] = (None, "large"),
     ]
 
 
-def asks_beside(word: str = ARROW) -> list[Ask]:
-    """27 prompts for an arrow in a colour not shown, and a shape of the world: beside each other, or in a relation.
+def asks_beside(word: str = ARROW, shape: str = ARROW) -> list[Ask]:
+    """27 prompts for an arrow, or one of `shape`, in a colour not shown, and a shape of the world.
 
-    No picture with two objects was shown.
+    They are beside each other, or in a relation; no picture with two objects was shown.
     """
     asks = []
     for colour in ASKED:
         for number, relation in enumerate((None, *RELATIONS, None, *RELATIONS[:3])):
             draws = Draws("beside", colour, number)
-            other = Wanted(draws.pick(SHAPES), draws.pick([c for c in COLOURS if c != colour]))
-            asks.append(_ask(word, draws, Requirement((Wanted(ARROW, colour), other), relation=relation)))
+            other = Wanted(
+                draws.pick([one for one in SHAPES if one != shape]), draws.pick([c for c in COLOURS if c != colour])
+            )
+            asks.append(_ask(word, draws, Requirement((Wanted(shape, colour), other), relation=relation)))
     return asks
 
 
