@@ -115,7 +115,7 @@ def inputs(model: Model, pipeline: Any, request: Request, divisor: float) -> dic
 @pytest.mark.parametrize("negative", ["", "blurry, dark"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("sampler", SCHEDULERS)
-@pytest.mark.parametrize("family", ["sd1", "sd2-v", "sdxl"])
+@pytest.mark.parametrize("family", tiny.BASES)
 def test_text_to_picture(
     family: str, sampler: str, guidance_scale: float, negative: str, pipelines: dict[str, tuple[Any, Model]]
 ) -> None:
@@ -228,7 +228,7 @@ def test_half_precision_in_the_file_only(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("family", ["sd1", "sd2-v", "sdxl"])
+@pytest.mark.parametrize("family", tiny.BASES)
 def test_through_a_single_file(
     family: str, dtype: torch.dtype, pipelines: dict[str, tuple[Any, Model]], tmp_path: Path
 ) -> None:
@@ -247,7 +247,7 @@ def test_through_a_single_file(
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
-@pytest.mark.parametrize("family", ["sd1", "sd2-v", "sdxl"])
+@pytest.mark.parametrize("family", tiny.BASES)
 def test_with_a_lora(family: str, layout: str, tmp_path: Path) -> None:
     """Random adapters on U-Net and text encoders, from one file on both sides."""
     folder = tiny.saved(family, tmp_path / "model")
