@@ -259,7 +259,7 @@ def test_a_lora_of_another_family_says_what_it_looks_like(layout: str, tmp_path:
     with pytest.raises(UserError) as error:
         read_lora(tmp_path / "a.safetensors", tiny.networks("sd1"))
     text = str(error.value)
-    assert f"looks like a LoRA in the {layout} layout of SDXL" in text
+    assert f"looks like a LoRA in the {layout} layout of Stable Diffusion XL" in text
     assert "18 keys" in text or "12 keys" in text
     assert "such as" in text
     assert "\n" not in text
