@@ -118,8 +118,8 @@ def read_adapter(folder: Path) -> AdapterFolder:
             index.get("metadata", {}),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}/{ADAPTER_INDEX}: {error} is missing or broken; copy the folder again") from error
+        raise UserError(f"{folder}/{ADAPTER_INDEX}: {error} is missing or broken; copy or download it again") from error
     for file in (*([] if found.lora is None else [found.lora]), *found.embeddings.values()):
         if not file.is_file():
-            raise UserError(f"{folder} is not complete: {file.name} is missing; copy the folder again")
+            raise UserError(f"{folder} is not complete: {file.name} is missing; copy or download it again")
     return found

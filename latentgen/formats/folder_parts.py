@@ -13,7 +13,7 @@ from latentgen.core.errors import UserError
 from latentgen.core.files import write_file, write_folder, write_json, write_text
 from latentgen.core.tensors import encoded
 from latentgen.formats.credits import Credits
-from latentgen.formats.folder_check import INDEX, read_json
+from latentgen.formats.folder_check import INDEX, networks_of_folder, read_json, stem_of, weight_files
 from latentgen.formats.model_card import model_card
 from latentgen.formats.model_folder import METADATA, SCHEDULER
 from latentgen.formats.parts import CLASSES, NETWORKS, TOKENIZERS, Parts, State, canonical, cast, family_of
@@ -52,72 +52,19 @@ def parts_of_folder(folder: Path, *, allow_pickle: bool = False) -> Parts:
     )
 
 
-def networks_of_folder(folder: Path) -> list[str]:
-    """The networks that a folder's index names, each of a class that is supported."""
-    if not folder.is_dir():
-        raise UserError(f"there is no model folder {folder}")
-    if not (folder / INDEX).is_file():
-        inner = folder / "model"
-        hint = f"; its model is {inner}" if (inner / INDEX).is_file() else ""
-        raise UserError(f"{folder} is not a model folder: it has no {INDEX}{hint}")
-    index = read_json(folder / INDEX)
-    named = {part: value[1] for part, value in index.items() if isinstance(value, list) and len(value) == 2}
-    present = [part for part in NETWORKS if named.get(part)]
-    for part in present:
-        if named[part] not in CLASSES[part]:
-            raise UserError(f"{folder}: {part} is a {named[part]}; only {' and '.join(CLASSES[part])} are supported")
-    for part in ("unet", "vae"):
-        if part not in present:
-            raise UserError(f"{folder} is a {index.get('_class_name')} without {part}: not supported")
-    return present
-
-
 def _read_part(folder: Path, part: str, allow_pickle: bool) -> State:
     state: State = {}
-    for path in weight_files(folder, part, allow_pickle=allow_pickle):
+    for path in weight_files(folder / part, stem_of(part), allow_pickle=allow_pickle).files:
         state |= read_tensors(path, allow_pickle=allow_pickle)[1]
     return canonical(part, state)
-
-
-def weight_files(folder: Path, part: str, *, allow_pickle: bool = False) -> list[Path]:
-    """The files with a part's weights: one, or several shards; full precision is preferred.
-
-    Raises:
-        UserError: there are none, one is missing, or there are only pickles.
-    """
-    place, stem = Path(folder) / part, _stem(part)
-    for end in ("", ".fp16"):
-        index = place / f"{stem}.safetensors.index{end}.json"
-        if index.is_file():
-            shards = [place / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-            missing = [shard.name for shard in shards if not shard.is_file()]
-            if missing:
-                raise UserError(
-                    f"{folder} is half a download: {part}/{missing[0]} is missing, one of {len(shards)} shards; "
-                    "download the folder again"
-                )
-            return shards
-        if (place / f"{stem}{end}.safetensors").is_file():
-            return [place / f"{stem}{end}.safetensors"]
-    pickled = [place / name for name in ("pytorch_model.bin", f"{stem}.bin") if (place / name).is_file()]
-    if pickled and allow_pickle:
-        return pickled[:1]
-    if pickled:
-        raise UserError(
-            f"{folder}: {part} has only pickled weights ({pickled[0].name}); convert them once, safely, with: "
-            f"latentgen import {folder} NEW_FOLDER --allow-pickle"
-        )
-    raise UserError(f"{folder} is half a download: {part}/{stem}.safetensors is missing; download the folder again")
-
-
-def _stem(part: str) -> str:
-    return "model" if part in TOKENIZERS else "diffusion_pytorch_model"
 
 
 def _texts(folder: Path) -> dict[str, str]:
     files = [path for path in sorted(folder.glob("*")) if path.suffix in (".json", ".txt")]
     if not {"tokenizer.json", "vocab.json"} & {path.name for path in files}:
-        raise UserError(f"{folder.parent} is not complete: {folder.name}/tokenizer.json is missing; copy it again")
+        raise UserError(
+            f"{folder.parent} is not complete: {folder.name}/tokenizer.json is missing; copy or download it again"
+        )
     return {path.name: path.read_text(encoding="utf-8") for path in files}
 
 
@@ -157,7 +104,7 @@ def write_folder_from(
             place = target if alone else target / part
             place.mkdir(exist_ok=True)
             write_json(place / "config.json", _stored_config(part, parts.configs[part]))
-            write_file(place / f"{_stem(part)}.safetensors", encoded(state, {"format": "pt"}))
+            write_file(place / f"{stem_of(part)}.safetensors", encoded(state, {"format": "pt"}))
         for name, files in parts.tokenizers.items():
             for file, text in files.items():
                 write_text((target if alone else target / name) / file, text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from transformers import CLIPTokenizer
 from latentgen.core.errors import UserError
 from latentgen.core.files import file_sha256, write_folder
 from latentgen.formats.adapter_folder import write_adapter
+from latentgen.formats.folder_check import weight_files
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import quiet_libraries
 from latentgen.models.adapters import AdapterSpec, add_adapters
@@ -197,7 +198,4 @@ def learned_words(f: Finetune, model: Model, averaged: Mapping[str, nn.Module]) 
 
 def unet_hash(folder: Path) -> str:
     """SHA-256 of the (first) file of a model folder's U-Net."""
-    files: Sequence[Path] = sorted((folder / "unet").glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: there are no U-Net weights in safetensors; copy the folder again")
-    return file_sha256(files[0])
+    return file_sha256(weight_files(folder / "unet").files[0])
