@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from latentgen.core.tensors import encoded
 from latentgen.formats.credits import Credits
 from latentgen.formats.folder_check import INDEX, networks_of_folder, read_json, stem_of, weight_files
 from latentgen.formats.model_card import model_card
-from latentgen.formats.model_folder import METADATA, SCHEDULER
+from latentgen.formats.model_folder import CONTRASTIVE, METADATA, SCHEDULER
 from latentgen.formats.parts import CLASSES, NETWORKS, TOKENIZERS, Parts, State, canonical, cast, family_of
 from latentgen.formats.scheduler import library_of
 from latentgen.formats.tensor_files import read_tensors
@@ -49,6 +50,7 @@ def parts_of_folder(folder: Path, *, allow_pickle: bool = False) -> Parts:
         tokenizers={TOKENIZERS[part]: _texts(folder / TOKENIZERS[part]) for part in texts},
         metadata=read_json(folder / METADATA) if (folder / METADATA).is_file() else {},
         card=(folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None,
+        contrastive=folder / CONTRASTIVE if (folder / CONTRASTIVE).is_dir() else None,
     )
 
 
@@ -111,6 +113,8 @@ def write_folder_from(
         if not alone:
             write_json(target / SCHEDULER, dict(parts.scheduler))
             write_json(target / INDEX, _index(parts))
+        if parts.contrastive is not None:
+            shutil.copytree(parts.contrastive, target / CONTRASTIVE)
         if parts.metadata:
             write_json(target / METADATA, dict(parts.metadata))
         write_text(target / CARD, parts.card or model_card(parts, folder.name, credits))

@@ -33,7 +33,7 @@ from latentgen.models.text import Tower, projects
 if TYPE_CHECKING:
     from latentgen.models.clip import Clip
 
-METADATA, SCHEDULER = "latentgen.json", "scheduler/scheduler_config.json"
+METADATA, SCHEDULER, CONTRASTIVE = "latentgen.json", "scheduler/scheduler_config.json", "clip"
 CLASSES: dict[str, Any] = {
     kind.__name__: kind
     for kind in (UNet2DConditionModel, AutoencoderKL, AutoencoderTiny, CLIPTextModel, CLIPTextModelWithProjection)
@@ -74,7 +74,7 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None, *, 
         if clip is not None:
             from latentgen.models.clip import save_clip
 
-            save_clip(clip, target / "clip")
+            save_clip(clip, target / CONTRASTIVE)
         write_json(target / INDEX, _index(model, scheduler["_class_name"]))
 
     write_folder(folder, fill)

@@ -14,9 +14,8 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from latentgen.core.errors import UserError
-from latentgen.core.files import file_sha256, write_folder
-from latentgen.formats.adapter_folder import write_adapter
-from latentgen.formats.folder_check import weight_files
+from latentgen.core.files import write_folder
+from latentgen.formats.adapter_folder import unet_hash, write_adapter
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import quiet_libraries
 from latentgen.models.adapters import AdapterSpec, add_adapters
@@ -194,8 +193,3 @@ def learned_words(f: Finetune, model: Model, averaged: Mapping[str, nn.Module]) 
     counts, rows = {word: token.vectors for word, token in f.tokens.items()}, tokens()
     each = {tower.name: rows_of(counts, rows[tower.name]) for tower in model.towers}
     return {word: {name: own[word] for name, own in each.items()} for word in f.tokens}
-
-
-def unet_hash(folder: Path) -> str:
-    """SHA-256 of the (first) file of a model folder's U-Net."""
-    return file_sha256(weight_files(folder / "unet").files[0])

@@ -58,9 +58,7 @@ def test_half_precision_variants_and_shards_are_read(saved: Path, copied: Path) 
     (copied / "vae" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     assert_equal(whole, parts_of_folder(copied))
     (copied / "vae" / next(iter(shards))).unlink()
-    with pytest.raises(
-        UserError, match=r"is not complete: vae/.*00001-of.*one of 2 shards; copy or download it"
-    ):
+    with pytest.raises(UserError, match=r"is not complete: vae/.*00001-of.*one of 2 shards; copy or download it"):
         parts_of_folder(copied)
 
 

@@ -15,7 +15,7 @@ from latentgen.cli.main import app
 from latentgen.cli.sample import SHIPPED
 from latentgen.core.errors import UserError
 from latentgen.core.files import file_sha256
-from latentgen.formats.model_folder import load_model
+from latentgen.formats.model_folder import load_model, save_model
 from latentgen.pipelines.generate import Request, generate
 
 
@@ -80,6 +80,23 @@ def test_export_stores_another_precision_and_another_layout(single: Path, tmp_pa
     first, second = load_file(single), load_file(tmp_path / "half.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_contrastive_towers_go_with_folders_and_are_missed_in_files(
+    tiny_builder, clip_builder, tmp_path: Path, capsys
+) -> None:
+    model = tiny_builder()
+    save_model(model, tmp_path / "model", clip=clip_builder(len(model.towers[0].tokenizer)))
+    latentgen("export", tmp_path / "model", tmp_path / "copy", "--format", "diffusers")
+    for file in (tmp_path / "model" / "clip").iterdir():
+        assert (tmp_path / "copy" / "clip" / file.name).read_bytes() == file.read_bytes()
+    assert "left out" not in capsys.readouterr().err
+    latentgen("export", tmp_path / "model", tmp_path / "one.safetensors", "--format", "single-file")
+    said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert said == [
+        f"warning: {tmp_path}/model/clip, the contrastive towers, is left out: only a folder has a place for it; "
+        f"keep {tmp_path}/model to train on"
+    ]
 
 
 def test_a_pickle_is_refused_with_a_command_that_works(single: Path, tmp_path: Path) -> None:
