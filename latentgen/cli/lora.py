@@ -41,7 +41,7 @@ def info(
 ) -> None:
     """Say what a LoRA file is: layout, family, what it adapts, how it was made."""
     from latentgen.formats.lora.families import family_of
-    from latentgen.formats.single_file.layouts import TITLES
+    from latentgen.formats.original.layouts import TITLES
 
     opened = _read(file, model)
     family = family_of(opened.modules)

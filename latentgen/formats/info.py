@@ -13,10 +13,10 @@ from latentgen.formats.folder_check import INDEX, networks_of_folder, read_json,
 from latentgen.formats.found import Found, dtypes_of, parameters_of
 from latentgen.formats.headers import Entry, file_hashes, read_header
 from latentgen.formats.model_folder import METADATA, SCHEDULER
+from latentgen.formats.original.unet_names import structure_of_diffusers
 from latentgen.formats.parts import TOKENIZERS, family_of
 from latentgen.formats.scheduler import read_schedule
 from latentgen.formats.single_file.read import METADATA_ENTRY
-from latentgen.formats.single_file.unet_names import structure_of_diffusers
 
 KOHYA: Mapping[str, str] = {
     "ss_output_name": "name",

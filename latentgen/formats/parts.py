@@ -12,8 +12,8 @@ from torch import Tensor
 
 from latentgen.core.errors import UserError
 from latentgen.core.tensors import not_finite
-from latentgen.formats.single_file.renaming import POSITION_IDS, text_name
-from latentgen.formats.single_file.vae_names import renamed_former
+from latentgen.formats.original.renaming import POSITION_IDS, text_name
+from latentgen.formats.original.vae_names import renamed_former
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS: Mapping[str, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}

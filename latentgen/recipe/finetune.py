@@ -23,7 +23,8 @@ from latentgen.models.text import Tower
 from latentgen.models.tokens import LearnedTokens, grow, rows_of, settled
 from latentgen.recipe import build
 from latentgen.recipe.conditions import control_kind, starting_model
-from latentgen.recipe.schema import Finetune, Recipe
+from latentgen.recipe.schema import Recipe
+from latentgen.recipe.schema_finetune import Finetune
 from latentgen.tasks.adapting import adapters_of
 
 

@@ -19,10 +19,10 @@ from latentgen.formats.families import CONFIGS, recognise
 from latentgen.formats.folder_parts import parts_of_folder, write_folder_from
 from latentgen.formats.headers import read_header
 from latentgen.formats.model_folder import load_model
+from latentgen.formats.original.layouts import LAYOUTS
+from latentgen.formats.original.renaming import to_original
 from latentgen.formats.parts import Parts
-from latentgen.formats.single_file.layouts import LAYOUTS
 from latentgen.formats.single_file.read import V_WITNESS, Wishes, read_single_file
-from latentgen.formats.single_file.renaming import to_original
 from latentgen.formats.single_file.write import write_single_file
 
 VARIANTS = ("ssd-1b", "vega", "koala", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")

@@ -12,10 +12,10 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 
 from latentgen.formats.folder_parts import parts_of_folder, write_folder_from
 from latentgen.formats.model_folder import quiet_libraries
+from latentgen.formats.original.renaming import original_names
 from latentgen.formats.part_check import expected_shapes
 from latentgen.formats.parts import canonical
 from latentgen.formats.single_file.read import read_single_file
-from latentgen.formats.single_file.renaming import original_names
 from latentgen.formats.single_file.write import write_single_file
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from latentgen.formats.lora.keys import Shapes, assembled, flaw, grouped, recognised, spelled
-from latentgen.formats.single_file.layouts import TITLES
+from latentgen.formats.original.layouts import TITLES
 from latentgen.models.adapters import adaptable
 from latentgen.models.deltas import Factors, fits
 

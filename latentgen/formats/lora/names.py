@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from latentgen.formats.single_file.renaming import original_names
+from latentgen.formats.original.renaming import original_names
 
 
 def ldm_names(paths: Iterable[str]) -> dict[str, str]:
