@@ -17,8 +17,8 @@ from latentgen.formats.credits import Credits
 from latentgen.formats.folder_check import INDEX, networks_of_folder, read_json, stem_of, weight_files
 from latentgen.formats.model_card import model_card
 from latentgen.formats.model_folder import CONTRASTIVE, METADATA, SCHEDULER
-from latentgen.formats.parts import CLASSES, NETWORKS, TOKENIZERS, Parts, State, canonical, cast, family_of
-from latentgen.formats.scheduler import library_of
+from latentgen.formats.model_index import model_index
+from latentgen.formats.parts import CLASSES, TOKENIZERS, Parts, State, canonical, cast, family_of
 from latentgen.formats.tensor_files import read_tensors
 
 logger = logging.getLogger("latentgen.formats")
@@ -112,7 +112,8 @@ def write_folder_from(
                 write_text((target if alone else target / name) / file, text)
         if not alone:
             write_json(target / SCHEDULER, dict(parts.scheduler))
-            write_json(target / INDEX, _index(parts))
+            classes = {part: parts.configs[part].get("_class_name", CLASSES[part][0]) for part in parts.states}
+            write_json(target / INDEX, model_index(classes, str(parts.scheduler["_class_name"]), parts.pipeline))
         if parts.contrastive is not None:
             shutil.copytree(parts.contrastive, target / CONTRASTIVE)
         if parts.metadata:
@@ -125,43 +126,3 @@ def write_folder_from(
 def _stored_config(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """transformers opens a network in the type that its configuration names, diffusers in float32: say float32."""
     return {**config, "dtype": "float32"} if part in TOKENIZERS else dict(config)
-
-
-def _index(parts: Parts) -> dict[str, Any]:
-    from diffusers import __version__ as diffusers_version
-
-    scheduler = str(parts.scheduler["_class_name"])
-    entries: dict[str, list[str | None]] = {"scheduler": [library_of(scheduler), scheduler]}
-    xl = "text_encoder_2" in parts.states
-    for part in NETWORKS if xl else NETWORKS[:3]:
-        there = part in parts.states
-        library = "transformers" if part in TOKENIZERS else "diffusers"
-        entries[part] = [library, parts.configs[part].get("_class_name", CLASSES[part][0])] if there else [None, None]
-        if part in TOKENIZERS:
-            entries[TOKENIZERS[part]] = ["transformers", "CLIPTokenizer"] if there else [None, None]
-    for absent in ("feature_extractor", "image_encoder", *(() if xl else ("safety_checker",))):
-        entries[absent] = [None, None]
-    return {**parts.pipeline, "_diffusers_version": diffusers_version, **dict(sorted(entries.items()))}
-
-
-PIPELINES: Mapping[tuple[str, int], str] = {
-    ("sd", 4): "StableDiffusionPipeline",
-    ("sd", 9): "StableDiffusionInpaintPipeline",
-    ("sd", 8): "StableDiffusionInstructPix2PixPipeline",
-    ("sdxl", 4): "StableDiffusionXLPipeline",
-    ("sdxl", 9): "StableDiffusionXLInpaintPipeline",
-    ("sdxl", 8): "StableDiffusionXLInstructPix2PixPipeline",
-    ("sdxl-refiner", 4): "StableDiffusionXLImg2ImgPipeline",
-}
-"""diffusers' class for a family and the U-Net's input channels."""
-
-
-def pipeline_of(family: str, in_channels: int) -> dict[str, Any]:
-    """What model_index.json says of a family besides the parts, as diffusers' own folders do."""
-    kind = family if family.startswith("sdxl") else "sd"
-    entry: dict[str, Any] = {"_class_name": PIPELINES.get((kind, in_channels), PIPELINES[kind, 4])}
-    if kind == "sd":
-        return entry | {"requires_safety_checker": False}
-    refiner = kind == "sdxl-refiner"
-    aesthetics = {"requires_aesthetics_score": True} if refiner else {}
-    return entry | {"force_zeros_for_empty_prompt": not refiner} | aesthetics

@@ -22,9 +22,10 @@ from latentgen.formats.component_configs import (
     vae_config,
 )
 from latentgen.formats.families import part_names, recognise, said
-from latentgen.formats.folder_parts import parts_of_folder, pipeline_of
+from latentgen.formats.folder_parts import parts_of_folder
 from latentgen.formats.found import Found
 from latentgen.formats.headers import Header
+from latentgen.formats.model_index import pipeline_of
 from latentgen.formats.original.layouts import EMA, IGNORED, TITLES, Place
 from latentgen.formats.original.renaming import PROJECTION, to_diffusers
 from latentgen.formats.part_check import check_part
