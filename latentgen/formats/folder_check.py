@@ -43,8 +43,11 @@ def check_folder(folder: Path) -> dict[str, Part]:
         _require_file(folder, needed)
         read_json(folder / needed)
     for tokenizer in (TOKENIZERS[part] for part in kinds if part in TOKENIZERS):
-        if not (folder / tokenizer / "tokenizer.json").is_file():
-            for needed in (f"{tokenizer}/vocab.json", f"{tokenizer}/merges.txt"):
+        whole, former = f"{tokenizer}/tokenizer.json", (f"{tokenizer}/vocab.json", f"{tokenizer}/merges.txt")
+        if not any((folder / name).is_file() for name in former):
+            _require_file(folder, whole)
+        elif not (folder / whole).is_file():
+            for needed in former:
                 _require_file(folder, needed)
     return {part: Part(kind, weight_files(folder / part, stem_of(part)).variant) for part, kind in kinds.items()}
 
@@ -63,7 +66,9 @@ def networks_of_folder(folder: Path) -> dict[str, str]:
         lacking.append("text_encoder")
     if lacking:
         raise UserError(f"{folder} is a {index.get('_class_name')} without {lacking[0]}; that is not supported")
-    kinds = {part: found[-1] if isinstance(found, list) and found else found for part, found in named.items()}
+    kinds: dict[str, Any] = {
+        part: found[-1] if isinstance(found, list) and found else found for part, found in named.items()
+    }
     for part, kind in kinds.items():
         if kind not in CLASSES[part]:
             only = f"only {' and '.join(CLASSES[part])} {'is' if len(CLASSES[part]) == 1 else 'are'} supported"
