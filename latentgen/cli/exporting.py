@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,8 @@ import typer
 
 from latentgen.core.errors import UserError
 from latentgen.core.log import setup_logging
+
+logger = logging.getLogger("latentgen.export")
 
 
 class Format(str, Enum):
@@ -54,6 +57,12 @@ def export_model(
     )
     if format is Format.onnx and credits != Credits():
         raise UserError("--title and what else is said of a model is for folders and single files; ONNX has no card")
+    if parts.contrastive is not None and format is not Format.diffusers:
+        logger.warning(
+            "%s, the contrastive towers, is left out: only a folder has a place for it; keep %s to train on",
+            parts.contrastive,
+            parts.contrastive.parent,
+        )
     if format is Format.single_file:
         write_single_file(parts, target, stored, credits)
     elif format is Format.diffusers:

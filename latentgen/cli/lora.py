@@ -40,7 +40,8 @@ def info(
     model: For = None,
 ) -> None:
     """Say what a LoRA file is: layout, family, what it adapts, how it was made."""
-    from latentgen.formats.lora.families import TITLES, family_of
+    from latentgen.formats.lora.families import family_of
+    from latentgen.formats.original.layouts import TITLES
 
     opened = _read(file, model)
     family = family_of(opened.modules)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from latentgen import __version__
 from latentgen.core.errors import UserError
-from latentgen.core.files import write_folder, write_json
+from latentgen.core.files import file_sha256, write_folder, write_json
 from latentgen.core.runfolder import ADAPTER_INDEX
 from latentgen.formats.embeddings import Embedding, write_embedding
-from latentgen.formats.folder_check import read_json
+from latentgen.formats.folder_check import read_json, weight_files
 from latentgen.formats.lora.file import LoraFile
 from latentgen.formats.lora.writing import write_lora
 from latentgen.formats.model import Model
@@ -44,6 +44,11 @@ class AdapterFolder:
     lora: Path | None
     embeddings: Mapping[str, Path]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def unet_hash(folder: Path) -> str:
+    """SHA-256 of the (first) file of a model folder's U-Net."""
+    return file_sha256(weight_files(folder / "unet").files[0])
 
 
 def write_adapter(
@@ -118,8 +123,8 @@ def read_adapter(folder: Path) -> AdapterFolder:
             index.get("metadata", {}),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}/{ADAPTER_INDEX}: {error} is missing or broken; copy the folder again") from error
+        raise UserError(f"{folder}/{ADAPTER_INDEX}: {error} is missing or broken; copy or download it again") from error
     for file in (*([] if found.lora is None else [found.lora]), *found.embeddings.values()):
         if not file.is_file():
-            raise UserError(f"{folder} is not complete: {file.name} is missing; copy the folder again")
+            raise UserError(f"{folder} is not complete: {file.name} is missing; copy or download it again")
     return found

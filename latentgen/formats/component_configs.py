@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentgen.core.errors import UserError
-from latentgen.formats.single_file.unet_names import structure_of_diffusers
-from latentgen.formats.single_file.vae_names import vae_size_of_diffusers
+from latentgen.formats.original.unet_names import structure_of_diffusers
+from latentgen.formats.original.vae_names import vae_size_of_diffusers
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of tensors by name."""

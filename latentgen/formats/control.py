@@ -14,7 +14,7 @@ from latentgen import __version__
 from latentgen.core.errors import UserError
 from latentgen.core.files import write_folder, write_json
 from latentgen.core.tensors import require_finite
-from latentgen.formats.folder_check import DIFFUSERS, INDEX, check_weights, read_json
+from latentgen.formats.folder_check import DIFFUSERS, INDEX, read_json, weight_files
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import METADATA, load_network, quiet_libraries
 from latentgen.models.autoencoder import factor
@@ -66,7 +66,7 @@ def load_control(folder: Path, device: torch.device | str = "cpu", dtype: torch.
     kind = read_json(folder / CONFIG).get("_class_name")
     if kind != KIND:
         raise UserError(f"{folder} holds a {kind}, not a {KIND}; name another folder")
-    variant = check_weights(folder.parent, folder.name, DIFFUSERS)
+    variant = weight_files(folder).variant
     with quiet_libraries():
         return load_network(ControlNetModel, folder, variant, dtype).to(device)
 

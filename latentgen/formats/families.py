@@ -9,7 +9,7 @@ from typing import Any
 from latentgen.core.errors import UserError
 from latentgen.formats.found import Found, dtypes_of, parameters_of
 from latentgen.formats.headers import Entry, Header
-from latentgen.formats.single_file.layouts import (
+from latentgen.formats.original.layouts import (
     IGNORED,
     LAYOUTS,
     OTHERS,
@@ -20,8 +20,8 @@ from latentgen.formats.single_file.layouts import (
     ZERO_SNR,
     Place,
 )
-from latentgen.formats.single_file.renaming import diffusers_names
-from latentgen.formats.single_file.unet_names import Structure, structure_of_diffusers
+from latentgen.formats.original.renaming import diffusers_names
+from latentgen.formats.original.unet_names import Structure, structure_of_diffusers
 from latentgen.formats.small_files import controlnet_in, embedding_in, lora_in
 
 CONFIGS = "latentgen.configs"

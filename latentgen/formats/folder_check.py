@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from latentgen.core.errors import UserError
+from latentgen.formats.parts import CLASSES, NETWORKS, TOKENIZERS
 
 INDEX = "model_index.json"
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 """Beginnings of the names of weight files."""
-PARTS: dict[str, dict[str, str]] = {
-    "unet": {"UNet2DConditionModel": DIFFUSERS},
-    "vae": {"AutoencoderKL": DIFFUSERS, "AutoencoderTiny": DIFFUSERS},
-    "text_encoder": {"CLIPTextModel": TRANSFORMERS},
-    "text_encoder_2": {"CLIPTextModelWithProjection": TRANSFORMERS},
-}
-"""The networks of a model, the classes each may be, and how their weights are called."""
+
+
+class Weights(NamedTuple):
+    """The files with a network's weights, and the variant that they are ("fp16" where only those exist)."""
+
+    variant: str | None
+    files: list[Path]
 
 
 class Part(NamedTuple):
-    """A network in a folder: the name of its class, and the variant of its weights ("fp16" where only those exist)."""
+    """A network in a folder: the name of its class, and the variant of its weights."""
 
     kind: str
     variant: str | None
@@ -37,28 +38,42 @@ def check_folder(folder: Path) -> dict[str, Part]:
     Raises:
         UserError: one line that names the file and what is wrong with it.
     """
-    _require_index(folder)
-    index = read_json(folder / INDEX)
-    kinds: dict[str, str] = {}
-    for part, known in PARTS.items():
-        found = index.get(part)
-        if part in ("text_encoder", "text_encoder_2") and (not found or found == [None, None]):
-            continue
-        if not (isinstance(found, list) and found and found[-1] in known):
-            kind = index.get("_class_name")
-            raise UserError(f"{folder} is a {kind} with {part} {found}; only {' and '.join(known)} is supported")
-        kinds[part] = found[-1]
-    towers = [part for part in kinds if part.startswith("text_encoder")]
-    if not towers:
-        raise UserError(f"{folder} is a {index.get('_class_name')} without text_encoder; copy the folder again")
+    kinds = networks_of_folder(folder)
     for needed in ("scheduler/scheduler_config.json", *(f"{part}/config.json" for part in kinds)):
         _require_file(folder, needed)
         read_json(folder / needed)
-    for tokenizer in (part.replace("text_encoder", "tokenizer") for part in towers):
-        if not (folder / tokenizer / "tokenizer.json").is_file():
-            for needed in (f"{tokenizer}/vocab.json", f"{tokenizer}/merges.txt"):
+    for tokenizer in (TOKENIZERS[part] for part in kinds if part in TOKENIZERS):
+        whole, former = f"{tokenizer}/tokenizer.json", (f"{tokenizer}/vocab.json", f"{tokenizer}/merges.txt")
+        if not any((folder / name).is_file() for name in former):
+            _require_file(folder, whole)
+        elif not (folder / whole).is_file():
+            for needed in former:
                 _require_file(folder, needed)
-    return {part: Part(kind, check_weights(folder, part, PARTS[part][kind])) for part, kind in kinds.items()}
+    return {part: Part(kind, weight_files(folder / part, stem_of(part)).variant) for part, kind in kinds.items()}
+
+
+def networks_of_folder(folder: Path) -> dict[str, str]:
+    """The networks that a model folder's index names, and the class of each.
+
+    Raises:
+        UserError: it is no model folder, lacks a network, or has one of a class that is not supported.
+    """
+    _require_index(folder)
+    index = read_json(folder / INDEX)
+    named = {part: index[part] for part in NETWORKS if index.get(part) not in (None, [None, None])}
+    lacking = [part for part in ("unet", "vae") if part not in named]
+    if not TOKENIZERS.keys() & named.keys():
+        lacking.append("text_encoder")
+    if lacking:
+        raise UserError(f"{folder} is a {index.get('_class_name')} without {lacking[0]}; that is not supported")
+    kinds: dict[str, Any] = {
+        part: found[-1] if isinstance(found, list) and found else found for part, found in named.items()
+    }
+    for part, kind in kinds.items():
+        if kind not in CLASSES[part]:
+            only = f"only {' and '.join(CLASSES[part])} {'is' if len(CLASSES[part]) == 1 else 'are'} supported"
+            raise UserError(f"{folder} is a {index.get('_class_name')} whose {part} is a {kind}; {only}")
+    return kinds
 
 
 def _require_index(folder: Path) -> None:
@@ -75,28 +90,49 @@ def _require_index(folder: Path) -> None:
     raise UserError(f"{folder} is not a model folder: it has no {INDEX}, it holds {shown or 'nothing'}")
 
 
-def _require_file(folder: Path, name: str) -> None:
+def _require_file(folder: Path, name: str, more: str = "") -> None:
     if not (folder / name).is_file():
-        raise UserError(f"{folder} is not complete: {name} is missing; copy the folder again")
+        raise UserError(f"{folder} is not complete: {name} is missing{more}; copy or download it again")
 
 
-def check_weights(folder: Path, part: str, stem: str) -> str | None:
+def stem_of(part: str) -> str:
+    """How the weight files of a part begin."""
+    return TRANSFORMERS if part in TOKENIZERS else DIFFUSERS
+
+
+def weight_files(place: Path, stem: str = DIFFUSERS, *, allow_pickle: bool = False) -> Weights:
+    """The files with a network's weights: one, or several shards; full precision is preferred.
+
+    Args:
+        place: the network's own folder.
+        stem: how the files begin.
+        allow_pickle: take a .bin file where there is nothing else.
+
+    Raises:
+        UserError: there are none, one is missing or not whole, or there are only pickles.
+    """
+    folder, part = place.parent, place.name
     for variant, end in ((None, ""), ("fp16", ".fp16")):
-        index = folder / part / f"{stem}.safetensors.index{end}.json"
+        index, files = place / f"{stem}.safetensors.index{end}.json", [place / f"{stem}{end}.safetensors"]
         if index.is_file():
-            shards = read_json(index).get("weight_map", {})
-            for name in sorted(set(shards.values())):
-                _require_file(folder, f"{part}/{name}")
-                check_safetensors(folder / part / name)
-            return variant
-        whole = folder / part / f"{stem}{end}.safetensors"
-        if whole.is_file():
-            check_safetensors(whole)
-            return variant
-    pickled = sorted(path.name for path in (folder / part).glob("*.bin"))
+            files = [place / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        elif not files[0].is_file():
+            continue
+        for file in files:
+            _require_file(folder, f"{part}/{file.name}", f", one of {len(files)} shards")
+            check_safetensors(file)
+        return Weights(variant, files)
+    pickled = [place / name for name in ("pytorch_model.bin", f"{stem}.bin") if (place / name).is_file()]
+    if pickled and allow_pickle:
+        return Weights(None, pickled[:1])
     if pickled:
-        raise UserError(f"{folder}: {part} has only pickled weights ({pickled[0]}); convert them to safetensors first")
-    raise UserError(f"{folder} is not complete: {part}/{stem}.safetensors is missing; copy the folder again")
+        whole = (folder / INDEX).is_file()
+        names = f"{folder} NEW_FOLDER" if whole else f"{pickled[0]} {place / f'{stem}.safetensors'}"
+        raise UserError(
+            f"{folder}: {part} has only pickled weights ({pickled[0].name}); convert them once, safely, with: "
+            f"latentgen import {names} --allow-pickle"
+        )
+    raise UserError(f"{folder} is not complete: {part}/{stem}.safetensors is missing; copy or download it again")
 
 
 def check_safetensors(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from latentgen.core.errors import UserError
 from latentgen.core.files import write_file, write_folder, write_json, write_text
 from latentgen.core.tensors import encoded
 from latentgen.formats.credits import Credits
-from latentgen.formats.folder_check import INDEX, read_json
+from latentgen.formats.folder_check import INDEX, networks_of_folder, read_json, stem_of, weight_files
 from latentgen.formats.model_card import model_card
-from latentgen.formats.model_folder import METADATA, SCHEDULER
-from latentgen.formats.parts import CLASSES, NETWORKS, TOKENIZERS, Parts, State, canonical, cast, family_of
-from latentgen.formats.scheduler import library_of
+from latentgen.formats.model_folder import CONTRASTIVE, METADATA, SCHEDULER
+from latentgen.formats.model_index import model_index
+from latentgen.formats.parts import CLASSES, TOKENIZERS, Parts, State, canonical, cast, family_of
 from latentgen.formats.tensor_files import read_tensors
 
 logger = logging.getLogger("latentgen.formats")
@@ -49,75 +50,23 @@ def parts_of_folder(folder: Path, *, allow_pickle: bool = False) -> Parts:
         tokenizers={TOKENIZERS[part]: _texts(folder / TOKENIZERS[part]) for part in texts},
         metadata=read_json(folder / METADATA) if (folder / METADATA).is_file() else {},
         card=(folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None,
+        contrastive=folder / CONTRASTIVE if (folder / CONTRASTIVE).is_dir() else None,
     )
-
-
-def networks_of_folder(folder: Path) -> list[str]:
-    """The networks that a folder's index names, each of a class that is supported."""
-    if not folder.is_dir():
-        raise UserError(f"there is no model folder {folder}")
-    if not (folder / INDEX).is_file():
-        inner = folder / "model"
-        hint = f"; its model is {inner}" if (inner / INDEX).is_file() else ""
-        raise UserError(f"{folder} is not a model folder: it has no {INDEX}{hint}")
-    index = read_json(folder / INDEX)
-    named = {part: value[1] for part, value in index.items() if isinstance(value, list) and len(value) == 2}
-    present = [part for part in NETWORKS if named.get(part)]
-    for part in present:
-        if named[part] not in CLASSES[part]:
-            raise UserError(f"{folder}: {part} is a {named[part]}; only {' and '.join(CLASSES[part])} are supported")
-    for part in ("unet", "vae"):
-        if part not in present:
-            raise UserError(f"{folder} is a {index.get('_class_name')} without {part}: not supported")
-    return present
 
 
 def _read_part(folder: Path, part: str, allow_pickle: bool) -> State:
     state: State = {}
-    for path in weight_files(folder, part, allow_pickle=allow_pickle):
+    for path in weight_files(folder / part, stem_of(part), allow_pickle=allow_pickle).files:
         state |= read_tensors(path, allow_pickle=allow_pickle)[1]
     return canonical(part, state)
-
-
-def weight_files(folder: Path, part: str, *, allow_pickle: bool = False) -> list[Path]:
-    """The files with a part's weights: one, or several shards; full precision is preferred.
-
-    Raises:
-        UserError: there are none, one is missing, or there are only pickles.
-    """
-    place, stem = Path(folder) / part, _stem(part)
-    for end in ("", ".fp16"):
-        index = place / f"{stem}.safetensors.index{end}.json"
-        if index.is_file():
-            shards = [place / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-            missing = [shard.name for shard in shards if not shard.is_file()]
-            if missing:
-                raise UserError(
-                    f"{folder} is half a download: {part}/{missing[0]} is missing, one of {len(shards)} shards; "
-                    "download the folder again"
-                )
-            return shards
-        if (place / f"{stem}{end}.safetensors").is_file():
-            return [place / f"{stem}{end}.safetensors"]
-    pickled = [place / name for name in ("pytorch_model.bin", f"{stem}.bin") if (place / name).is_file()]
-    if pickled and allow_pickle:
-        return pickled[:1]
-    if pickled:
-        raise UserError(
-            f"{folder}: {part} has only pickled weights ({pickled[0].name}); convert them once, safely, with: "
-            f"latentgen import {folder} NEW_FOLDER --allow-pickle"
-        )
-    raise UserError(f"{folder} is half a download: {part}/{stem}.safetensors is missing; download the folder again")
-
-
-def _stem(part: str) -> str:
-    return "model" if part in TOKENIZERS else "diffusion_pytorch_model"
 
 
 def _texts(folder: Path) -> dict[str, str]:
     files = [path for path in sorted(folder.glob("*")) if path.suffix in (".json", ".txt")]
     if not {"tokenizer.json", "vocab.json"} & {path.name for path in files}:
-        raise UserError(f"{folder.parent} is not complete: {folder.name}/tokenizer.json is missing; copy it again")
+        raise UserError(
+            f"{folder.parent} is not complete: {folder.name}/tokenizer.json is missing; copy or download it again"
+        )
     return {path.name: path.read_text(encoding="utf-8") for path in files}
 
 
@@ -157,13 +106,16 @@ def write_folder_from(
             place = target if alone else target / part
             place.mkdir(exist_ok=True)
             write_json(place / "config.json", _stored_config(part, parts.configs[part]))
-            write_file(place / f"{_stem(part)}.safetensors", encoded(state, {"format": "pt"}))
+            write_file(place / f"{stem_of(part)}.safetensors", encoded(state, {"format": "pt"}))
         for name, files in parts.tokenizers.items():
             for file, text in files.items():
                 write_text((target if alone else target / name) / file, text)
         if not alone:
             write_json(target / SCHEDULER, dict(parts.scheduler))
-            write_json(target / INDEX, _index(parts))
+            classes = {part: parts.configs[part].get("_class_name", CLASSES[part][0]) for part in parts.states}
+            write_json(target / INDEX, model_index(classes, str(parts.scheduler["_class_name"]), parts.pipeline))
+        if parts.contrastive is not None:
+            shutil.copytree(parts.contrastive, target / CONTRASTIVE)
         if parts.metadata:
             write_json(target / METADATA, dict(parts.metadata))
         write_text(target / CARD, parts.card or model_card(parts, folder.name, credits))
@@ -174,43 +126,3 @@ def write_folder_from(
 def _stored_config(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """transformers opens a network in the type that its configuration names, diffusers in float32: say float32."""
     return {**config, "dtype": "float32"} if part in TOKENIZERS else dict(config)
-
-
-def _index(parts: Parts) -> dict[str, Any]:
-    from diffusers import __version__ as diffusers_version
-
-    scheduler = str(parts.scheduler["_class_name"])
-    entries: dict[str, list[str | None]] = {"scheduler": [library_of(scheduler), scheduler]}
-    xl = "text_encoder_2" in parts.states
-    for part in NETWORKS if xl else NETWORKS[:3]:
-        there = part in parts.states
-        library = "transformers" if part in TOKENIZERS else "diffusers"
-        entries[part] = [library, parts.configs[part].get("_class_name", CLASSES[part][0])] if there else [None, None]
-        if part in TOKENIZERS:
-            entries[TOKENIZERS[part]] = ["transformers", "CLIPTokenizer"] if there else [None, None]
-    for absent in ("feature_extractor", "image_encoder", *(() if xl else ("safety_checker",))):
-        entries[absent] = [None, None]
-    return {**parts.pipeline, "_diffusers_version": diffusers_version, **dict(sorted(entries.items()))}
-
-
-PIPELINES: Mapping[tuple[str, int], str] = {
-    ("sd", 4): "StableDiffusionPipeline",
-    ("sd", 9): "StableDiffusionInpaintPipeline",
-    ("sd", 8): "StableDiffusionInstructPix2PixPipeline",
-    ("sdxl", 4): "StableDiffusionXLPipeline",
-    ("sdxl", 9): "StableDiffusionXLInpaintPipeline",
-    ("sdxl", 8): "StableDiffusionXLInstructPix2PixPipeline",
-    ("sdxl-refiner", 4): "StableDiffusionXLImg2ImgPipeline",
-}
-"""diffusers' class for a family and the U-Net's input channels."""
-
-
-def pipeline_of(family: str, in_channels: int) -> dict[str, Any]:
-    """What model_index.json says of a family besides the parts, as diffusers' own folders do."""
-    kind = family if family.startswith("sdxl") else "sd"
-    entry: dict[str, Any] = {"_class_name": PIPELINES.get((kind, in_channels), PIPELINES[kind, 4])}
-    if kind == "sd":
-        return entry | {"requires_safety_checker": False}
-    refiner = kind == "sdxl-refiner"
-    aesthetics = {"requires_aesthetics_score": True} if refiner else {}
-    return entry | {"force_zeros_for_empty_prompt": not refiner} | aesthetics

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from latentgen.formats.headers import Entry
-from latentgen.formats.single_file.layouts import TITLES, Place
+from latentgen.formats.original.layouts import TITLES, Place
 
 
 @dataclass(frozen=True, kw_only=True)

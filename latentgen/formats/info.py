@@ -9,15 +9,14 @@ from typing import Any
 
 from latentgen.core.files import file_sha256
 from latentgen.formats.families import recognise, variant_of
-from latentgen.formats.folder_check import INDEX, read_json
-from latentgen.formats.folder_parts import networks_of_folder, weight_files
+from latentgen.formats.folder_check import INDEX, networks_of_folder, read_json, stem_of, weight_files
 from latentgen.formats.found import Found, dtypes_of, parameters_of
 from latentgen.formats.headers import Entry, file_hashes, read_header
 from latentgen.formats.model_folder import METADATA, SCHEDULER
+from latentgen.formats.original.unet_names import structure_of_diffusers
 from latentgen.formats.parts import TOKENIZERS, family_of
 from latentgen.formats.scheduler import read_schedule
 from latentgen.formats.single_file.read import METADATA_ENTRY
-from latentgen.formats.single_file.unet_names import structure_of_diffusers
 
 KOHYA: Mapping[str, str] = {
     "ss_output_name": "name",
@@ -83,7 +82,7 @@ def _plain(found: Found, path: Path) -> dict[str, Any]:
 
 def _describe_folder(folder: Path, hashes: bool) -> dict[str, Any]:
     parts = networks_of_folder(folder)
-    files = {part: weight_files(folder, part) for part in parts}
+    files = {part: weight_files(folder / part, stem_of(part)).files for part in parts}
     entries: dict[str, dict[str, Entry]] = {
         part: {name: entry for file in own for name, entry in read_header(file).tensors.items()}
         for part, own in files.items()

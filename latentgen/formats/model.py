@@ -18,6 +18,8 @@ from latentgen.models.context import Context, size_count, zero
 from latentgen.models.text import Tower, encode_text, pooled_width, projects, prompt_length, states_width
 from latentgen.models.tokens import LearnedTokens, put
 
+MIXED = "they are of different models, take all parts from one"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -102,26 +104,28 @@ class Model:
         unet, latents = self.unet.config, self.latent_channels
         width, made = unet["cross_attention_dim"], states_width(self.towers)
         if isinstance(width, int) and width != made:
-            raise UserError(f"{where}: the U-Net reads text states of width {width}, the text encoder makes {made}")
+            raise UserError(
+                f"{where}: the U-Net reads text states of width {width}, the text encoder makes {made}; {MIXED}"
+            )
         if unet["out_channels"] not in (latents, 2 * latents):
             raise UserError(
-                f"{where}: the U-Net has {unet['out_channels']} latent channels, the autoencoder {latents}; "
-                "they are of different models"
+                f"{where}: the U-Net has {unet['out_channels']} latent channels, the autoencoder {latents}; {MIXED}"
             )
         if unet["in_channels"] not in (latents, 2 * latents + 1):
             raise UserError(
                 f"{where}: the U-Net takes {unet['in_channels']} channels, the autoencoder has {latents}; "
-                f"{latents} (text to picture) and {2 * latents + 1} (inpainting) are supported"
+                f"{latents} (text to picture) and {2 * latents + 1} (inpainting) are supported: "
+                "take a model of such a kind, and all parts from one"
             )
         if projects(self.towers) != (unet["addition_embed_type"] == "text_time"):
             raise UserError(
                 f"{where}: the text encoders {'make' if projects(self.towers) else 'lack'} the pooled text that the "
-                f"U-Net {'does not read' if projects(self.towers) else 'reads'}; they are of different models"
+                f"U-Net {'does not read' if projects(self.towers) else 'reads'}; {MIXED}"
             )
         if projects(self.towers) and self.sizes not in (5, 6):
             raise UserError(
                 f"{where}: the U-Net's added embedding of width {unet['projection_class_embeddings_input_dim']} does "
-                f"not go with a pooled text of width {pooled_width(self.towers)}; they are of different models"
+                f"not go with a pooled text of width {pooled_width(self.towers)}; {MIXED}"
             )
         for tower in self.towers:
             _require_words(tower, prompt_length(self.towers), where)
@@ -130,7 +134,9 @@ class Model:
 def _require_words(tower: Tower, length: int, where: str) -> None:
     text, tokenizer = tower.encoder.config, tower.tokenizer
     if len(tokenizer) > text.vocab_size:
-        raise UserError(f"{where}: the tokenizer has {len(tokenizer)} tokens, the text encoder knows {text.vocab_size}")
+        raise UserError(
+            f"{where}: the tokenizer has {len(tokenizer)} tokens, the text encoder knows {text.vocab_size}; {MIXED}"
+        )
     if tokenizer.model_max_length > text.max_position_embeddings:
         raise UserError(
             f"{where}: captions of {tokenizer.model_max_length} tokens, the text encoder takes "

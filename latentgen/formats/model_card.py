@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from latentgen.formats.credits import Credits
-from latentgen.formats.single_file.layouts import TITLES
+from latentgen.formats.original.layouts import TITLES
 
 if TYPE_CHECKING:
     from latentgen.formats.parts import Parts

@@ -27,13 +27,15 @@ from latentgen.core.files import write_folder, write_json
 from latentgen.core.tensors import require_finite
 from latentgen.formats.folder_check import INDEX, check_folder, read_json
 from latentgen.formats.model import Model
-from latentgen.formats.scheduler import library_of, read_schedule, scheduler_config
+from latentgen.formats.model_index import model_index
+from latentgen.formats.parts import NETWORKS
+from latentgen.formats.scheduler import read_schedule, scheduler_config
 from latentgen.models.text import Tower, projects
 
 if TYPE_CHECKING:
     from latentgen.models.clip import Clip
 
-METADATA, SCHEDULER = "latentgen.json", "scheduler/scheduler_config.json"
+METADATA, SCHEDULER, CONTRASTIVE = "latentgen.json", "scheduler/scheduler_config.json", "clip"
 CLASSES: dict[str, Any] = {
     kind.__name__: kind
     for kind in (UNet2DConditionModel, AutoencoderKL, AutoencoderTiny, CLIPTextModel, CLIPTextModelWithProjection)
@@ -74,7 +76,7 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None, *, 
         if clip is not None:
             from latentgen.models.clip import save_clip
 
-            save_clip(clip, target / "clip")
+            save_clip(clip, target / CONTRASTIVE)
         write_json(target / INDEX, _index(model, scheduler["_class_name"]))
 
     write_folder(folder, fill)
@@ -104,32 +106,15 @@ def _cast(network: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _index(model: Model, scheduler: str) -> dict[str, Any]:
-    from diffusers import __version__ as diffusers_version
-
-    absent = [None, None]
-    large = projects(model.towers)
-    named = {tower.name: tower for tower in model.towers}
-    names = ("text_encoder", "text_encoder_2") if large else ("text_encoder",)
-    parts: dict[str, Any] = {
-        "feature_extractor": absent,
-        "image_encoder": absent,
-        "scheduler": [library_of(scheduler), scheduler],
-        "unet": ["diffusers", type(model.unet).__name__],
-        "vae": ["diffusers", type(model.vae).__name__],
-    }
-    for name in names:
-        encoder = ["transformers", type(named[name].encoder).__name__] if name in named else absent
-        parts |= {
-            name: encoder,
-            name.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"] if name in named else absent,
-        }
-    if large:
-        parts["force_zeros_for_empty_prompt"] = model.zero_empty
+    classes = {name: type(network).__name__ for name, network in model.networks().items() if name in NETWORKS}
+    pipeline: dict[str, Any] = {"_class_name": _pipeline(model)}
+    if projects(model.towers):
+        pipeline["force_zeros_for_empty_prompt"] = model.zero_empty
         if model.sizes == 5 or model.inpaints:  # the pipelines that know this word
-            parts["requires_aesthetics_score"] = model.sizes == 5
+            pipeline["requires_aesthetics_score"] = model.sizes == 5
     else:
-        parts |= {"requires_safety_checker": False, "safety_checker": absent}
-    return {"_class_name": _pipeline(model), "_diffusers_version": diffusers_version, **dict(sorted(parts.items()))}
+        pipeline["requires_safety_checker"] = False
+    return model_index(classes, scheduler, pipeline)
 
 
 def _pipeline(model: Model) -> str:

@@ -10,9 +10,9 @@ import open_clip
 from latentgen.core.errors import UserError
 from latentgen.formats.component_configs import CLIP_TOKENS, text_config
 from latentgen.formats.families import find_places, part_names
+from latentgen.formats.original.renaming import PROJECTION, to_diffusers
 from latentgen.formats.part_check import check_part
 from latentgen.formats.parts import Parts, canonical
-from latentgen.formats.single_file.renaming import PROJECTION, to_diffusers
 from latentgen.formats.single_file.vocabulary import LENGTH, tokenizer_files
 from latentgen.formats.tensor_files import read_tensors
 

@@ -13,7 +13,7 @@ import torch
 from latentgen.core.errors import UserError
 from latentgen.core.files import file_sha256
 from latentgen.core.runfolder import ADAPTER_INDEX
-from latentgen.formats.adapter_folder import AdapterFolder, read_adapter
+from latentgen.formats.adapter_folder import AdapterFolder, read_adapter, unet_hash
 from latentgen.formats.embeddings import Embedding, read_embedding
 from latentgen.formats.lora.apply import merge
 from latentgen.formats.lora.file import read_lora
@@ -62,7 +62,7 @@ def open_model(
     folder = path if adapter is None else _base(adapter, path)
     if folder.is_dir() or not _elsewhere(folder):
         model = load_model(folder, device, dtype)
-        sha256 = file_sha256(sorted((folder / "unet").glob("*.safetensors"))[0])
+        sha256 = unet_hash(folder)
     else:
         model = model_of(open_source(str(folder)), str(folder), device, dtype)
         sha256 = file_sha256(folder) if folder.is_file() else weights_hash(model)

@@ -12,8 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from latentgen.core.errors import UserError
 from latentgen.formats.model_folder import quiet_libraries
+from latentgen.formats.original.renaming import text_name
 from latentgen.formats.parts import TOKENIZERS
-from latentgen.formats.single_file.renaming import text_name
 
 
 def expected_shapes(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from latentgen.core.errors import UserError
 from latentgen.core.tensors import not_finite
-from latentgen.formats.single_file.renaming import POSITION_IDS, text_name
-from latentgen.formats.single_file.vae_names import renamed_former
+from latentgen.formats.original.renaming import POSITION_IDS, text_name
+from latentgen.formats.original.vae_names import renamed_former
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS: Mapping[str, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -41,6 +42,8 @@ class Parts:
         tokenizers: files of "tokenizer" and "tokenizer_2", text by file name.
         metadata: what latentgen.json holds, empty where another program made the model.
         card: README.md, if there is one.
+        contrastive: the folder with both contrastive towers (`clip/`), where they were trained here. Only folders have
+            a place for them.
     """
 
     family: str | None
@@ -51,6 +54,7 @@ class Parts:
     tokenizers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     card: str | None = None
+    contrastive: Path | None = None
 
     @property
     def whole(self) -> bool:

@@ -37,7 +37,8 @@ from latentgen.models.unet import build_unet
 from latentgen.pipelines.generate import FITTED, Request
 from latentgen.pipelines.guiding import check_negative_prompt, split_prompt
 from latentgen.recipe.process import check_objective, check_process, process
-from latentgen.recipe.schema import Autoencoder, Prior, Recipe, TextEncoder, UNet
+from latentgen.recipe.schema import Autoencoder, Recipe, TextEncoder, UNet
+from latentgen.recipe.schema_finetune import Prior
 from latentgen.tasks.diffusion import LEVELS, Objective
 from latentgen.tasks.vae import VaeLosses
 

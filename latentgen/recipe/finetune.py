@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +14,8 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from latentgen.core.errors import UserError
-from latentgen.core.files import file_sha256, write_folder
-from latentgen.formats.adapter_folder import write_adapter
+from latentgen.core.files import write_folder
+from latentgen.formats.adapter_folder import unet_hash, write_adapter
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import quiet_libraries
 from latentgen.models.adapters import AdapterSpec, add_adapters
@@ -23,7 +23,8 @@ from latentgen.models.text import Tower
 from latentgen.models.tokens import LearnedTokens, grow, rows_of, settled
 from latentgen.recipe import build
 from latentgen.recipe.conditions import control_kind, starting_model
-from latentgen.recipe.schema import Finetune, Recipe
+from latentgen.recipe.schema import Recipe
+from latentgen.recipe.schema_finetune import Finetune
 from latentgen.tasks.adapting import adapters_of
 
 
@@ -193,11 +194,3 @@ def learned_words(f: Finetune, model: Model, averaged: Mapping[str, nn.Module]) 
     counts, rows = {word: token.vectors for word, token in f.tokens.items()}, tokens()
     each = {tower.name: rows_of(counts, rows[tower.name]) for tower in model.towers}
     return {word: {name: own[word] for name, own in each.items()} for word in f.tokens}
-
-
-def unet_hash(folder: Path) -> str:
-    """SHA-256 of the (first) file of a model folder's U-Net."""
-    files: Sequence[Path] = sorted((folder / "unet").glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: there are no U-Net weights in safetensors; copy the folder again")
-    return file_sha256(files[0])

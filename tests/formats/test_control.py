@@ -87,7 +87,7 @@ def no_config(folder: Path) -> None:
     ("harm", "message"),
     [
         (cut, r"control/diffusion_pytorch_model.safetensors is cut off: .*; copy it again"),
-        (missing, r"control/diffusion_pytorch_model.safetensors is missing; copy the folder again"),
+        (missing, r"control/diffusion_pytorch_model.safetensors is missing; copy or download it again"),
         (other_class, r"control holds a UNet2DConditionModel, not a ControlNetModel; name another folder"),
         (other_widths, r"control: weights and config.json do not make a ControlNetModel"),
         (scrambled, r"control/config.json is cut off or not JSON"),

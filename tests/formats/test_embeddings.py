@@ -4,22 +4,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from safetensors.torch import load_file, save_file
-from tiny_networks import tiny_text
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentgen.core.errors import UserError
 from latentgen.formats.embeddings import Embedding, read_embedding, write_embedding
-from latentgen.models.text import tokenize, train_tokenizer
+from latentgen.models.text import tokenize
 from latentgen.models.words import add_embedding, expand_prompt, learned_vectors
 
 
 def make(kind: type = CLIPTextModel) -> tuple[Any, Any]:
-    tokenizer = train_tokenizer(["a red circle", "a blue star"] * 2, 560, 10)
+    tokenizer = tiny.tokenizer()
     torch.manual_seed(0)
-    return tokenizer, tiny_text(kind, len(tokenizer))
+    return tokenizer, kind(tiny.text_config(tokenizer, 16)).eval()
 
 
 ONE = Embedding("<cat>", {"text_encoder": torch.randn(3, 16)})
@@ -104,8 +104,10 @@ def test_prompts_are_expanded_as_by_diffusers() -> None:
 
 
 def test_rows_that_a_network_had_to_spare_are_used() -> None:
-    tokenizer = train_tokenizer(["a red circle"] * 2, 560, 10)
-    encoder = tiny_text(CLIPTextModel, len(tokenizer) + 8)
+    tokenizer = tiny.tokenizer()
+    config = tiny.text_config(tokenizer, 16)
+    config.vocab_size += 8
+    encoder = CLIPTextModel(config)
     add_embedding(tokenizer, encoder, "<cat>", torch.ones(2, 16))
     assert len(encoder.get_input_embeddings().weight) == len(tokenizer) + 6
     assert torch.equal(learned_vectors(tokenizer, encoder, "<cat>"), torch.ones(2, 16))

@@ -83,7 +83,9 @@ def test_a_file_that_is_too_long_or_another_kind(copied: Path) -> None:
 
 def test_the_tokenizer_may_be_old_or_new_but_not_absent(copied: Path) -> None:
     (copied / "tokenizer/tokenizer.json").unlink()
-    assert "tokenizer/vocab.json is missing" in refusal(copied)
+    assert "tokenizer/tokenizer.json is missing" in refusal(copied)
+    (copied / "tokenizer/vocab.json").write_text("{}")
+    assert "tokenizer/merges.txt is missing" in refusal(copied)
 
 
 def test_what_is_not_a_model_folder_is_described(saved: Path, tmp_path: Path) -> None:

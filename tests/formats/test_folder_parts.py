@@ -8,8 +8,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import published
 import pytest
-import tiny_models
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -58,12 +58,12 @@ def test_half_precision_variants_and_shards_are_read(saved: Path, copied: Path) 
     (copied / "vae" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     assert_equal(whole, parts_of_folder(copied))
     (copied / "vae" / next(iter(shards))).unlink()
-    with pytest.raises(UserError, match=r"half a download: vae/.*00001-of-00002.*download the folder again"):
+    with pytest.raises(UserError, match=r"is not complete: vae/.*00001-of.*one of 2 shards; copy or download it"):
         parts_of_folder(copied)
 
 
 def test_names_that_diffusers_had_before_are_read(tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_models.tiny_folder("sd1"), tmp_path / "old"))
+    folder = Path(shutil.copytree(published.saved("sd1"), tmp_path / "old"))
     vae = load_file(folder / "vae" / WEIGHTS)
     former = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
     for new, old in former.items():
@@ -73,7 +73,7 @@ def test_names_that_diffusers_had_before_are_read(tmp_path: Path) -> None:
     text = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in text.items()}
     text["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     save_file(text, folder / "text_encoder" / "model.safetensors")
-    assert_equal(parts_of_folder(tiny_models.tiny_folder("sd1")), parts_of_folder(folder))
+    assert_equal(parts_of_folder(published.saved("sd1")), parts_of_folder(folder))
 
 
 def test_pickled_weights_are_opened_only_when_allowed(saved: Path, copied: Path) -> None:
@@ -87,7 +87,7 @@ def test_pickled_weights_are_opened_only_when_allowed(saved: Path, copied: Path)
 @pytest.mark.parametrize(
     ("gone", "said"),
     [
-        (f"unet/{WEIGHTS}", r"half a download: unet/.* is missing"),
+        (f"unet/{WEIGHTS}", r"is not complete: unet/.* is missing"),
         ("unet/config.json", r"unet/config.json"),
         ("tokenizer/tokenizer.json", r"tokenizer/tokenizer.json is missing"),
         ("model_index.json", r"no model_index.json"),

@@ -107,8 +107,8 @@ def test_a_failed_write_leaves_the_old_model(tiny_model, tmp_path: Path) -> None
     assert load_model(tmp_path / "model").metadata == {"note": "first"}
 
 
-def test_both_towers_travel_along(tiny_model, tiny_clip, tmp_path: Path) -> None:
-    clip = tiny_clip(20)
+def test_both_towers_travel_along(tiny_model, clip_builder, tmp_path: Path) -> None:
+    clip = clip_builder(20)
     save_model(tiny_model(), tmp_path / "model", clip=clip)
     assert load_clip(tmp_path / "model" / "clip").shape == clip.shape
     assert load_model(tmp_path / "model").prediction == "eps"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import published
 import pytest
-import tiny_models
 import torch
 
 from latentgen.core.errors import UserError
@@ -77,7 +77,7 @@ def test_the_folder_is_laid_out_as_onnxruntime_users_expect(exported: Path) -> N
 @torch.no_grad()
 def test_sdxl_gets_its_pooled_texts_and_sizes() -> None:
     """The function that would be traced, against the network; tracing it takes a minute."""
-    parts = parts_of_folder(tiny_models.tiny_folder("sdxl"))
+    parts = parts_of_folder(published.saved("sdxl"))
     unet: Any = build_part("unet", parts.configs["unet"]).eval()
     graph = unet_graph(unet, parts, torch.float32, 8)
     assert list(graph.inputs) == ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"]

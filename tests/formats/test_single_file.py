@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import published
 import pytest
-import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -19,10 +19,10 @@ from latentgen.formats.families import CONFIGS, recognise
 from latentgen.formats.folder_parts import parts_of_folder, write_folder_from
 from latentgen.formats.headers import read_header
 from latentgen.formats.model_folder import load_model
+from latentgen.formats.original.layouts import LAYOUTS
+from latentgen.formats.original.renaming import to_original
 from latentgen.formats.parts import Parts
-from latentgen.formats.single_file.layouts import LAYOUTS
 from latentgen.formats.single_file.read import V_WITNESS, Wishes, read_single_file
-from latentgen.formats.single_file.renaming import to_original
 from latentgen.formats.single_file.write import write_single_file
 
 VARIANTS = ("ssd-1b", "vega", "koala", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
@@ -43,7 +43,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("files")
 
     def make(name: str) -> tuple[Parts, Path]:
-        parts, path = parts_of_folder(tiny_models.tiny_folder(name)), folder / f"{name}.safetensors"
+        parts, path = parts_of_folder(published.saved(name)), folder / f"{name}.safetensors"
         if not path.exists():
             write_single_file(parts, path)
         return parts, path
@@ -65,12 +65,12 @@ def bare(written: Any, tmp_path: Path) -> Any:
     return make
 
 
-@pytest.mark.parametrize("name", tiny_models.UNETS)
+@pytest.mark.parametrize("name", published.UNETS)
 def test_folder_to_file_to_folder_is_exact(name: str, written: Any, tmp_path: Path) -> None:
     parts, path = written(name)
     again = read_single_file(path)
     assert_equal(parts, again)
-    assert again.family == parts.family == tiny_models.family(name)
+    assert again.family == parts.family == published.family(name)
     assert again.configs == parts.configs
     assert (again.scheduler, again.pipeline) == (parts.scheduler, parts.pipeline)
     write_folder_from(again, tmp_path / "again")
@@ -83,7 +83,7 @@ def test_folder_to_file_to_folder_is_exact(name: str, written: Any, tmp_path: Pa
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-@pytest.mark.parametrize("name", tiny_models.UNETS)
+@pytest.mark.parametrize("name", published.UNETS)
 def test_shapes_alone_say_the_configurations(name: str, written: Any, bare: Any) -> None:
     parts, _ = written(name)
     path = bare(name)
@@ -100,11 +100,11 @@ def test_shapes_alone_say_the_configurations(name: str, written: Any, bare: Any)
             "architectures",
         }, part
     found = recognise(read_header(path))
-    assert (found.kind, found.family) == ("model", tiny_models.family(name))
+    assert (found.kind, found.family) == ("model", published.family(name))
     assert found.variant == (name if name in VARIANTS else None)
     assert found.in_channels == parts.configs["unet"]["in_channels"]
     assert again.pipeline["_class_name"] == parts.pipeline["_class_name"]
-    expected = {"v": "v_prediction", "eps": "epsilon"}[tiny_models.prediction(name)]
+    expected = {"v": "v_prediction", "eps": "epsilon"}[published.prediction(name)]
     assert again.scheduler["prediction_type"] == expected
     assert again.tokenizers.keys() == parts.tokenizers.keys()
 
@@ -296,11 +296,11 @@ def test_a_unet_alone_takes_the_rest_from_a_base(written: Any, bare: Any) -> Non
     unet = {key: value + 1 for key, value in parts.states["unet"].items()}
     changed = to_original("unet", unet)[0]
     alone = bare("sdxl", lambda _: changed)
-    again = read_single_file(alone, Wishes(base=tiny_models.tiny_folder("sdxl")))
+    again = read_single_file(alone, Wishes(base=published.saved("sdxl")))
     assert_equal(replace(parts, states={**parts.states, "unet": unet}), again)
     assert again.tokenizers == parts.tokenizers
     with pytest.raises(UserError, match="the configuration says"):
-        read_single_file(alone, Wishes(base=tiny_models.tiny_folder("sdxl-inpaint")))
+        read_single_file(alone, Wishes(base=published.saved("sdxl-inpaint")))
 
 
 def test_tiny_autoencoders_are_read_and_renamed_both_ways(tmp_path: Path) -> None:

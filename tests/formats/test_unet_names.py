@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentgen.core.errors import UserError
-from latentgen.formats.single_file.renaming import diffusers_names, original_names
-from latentgen.formats.single_file.unet_names import (
+from latentgen.formats.original.renaming import diffusers_names, original_names
+from latentgen.formats.original.unet_names import (
     RESNET,
     Structure,
     structure_of_diffusers,

@@ -4,8 +4,8 @@ import copy
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from tiny_networks import FAMILIES, outputs, tiny_networks
 from torch import nn
 
 from latentgen.core.errors import UserError
@@ -31,10 +31,7 @@ def loss_of(networks: dict[str, Any], name: str) -> torch.Tensor:
     network = networks[name]
     if name == "unet":
         x, context = torch.ones(2, 4, 8, 8), torch.ones(2, 10, network.config["cross_attention_dim"])
-        added = None
-        if network.config["addition_embed_type"] == "text_time":
-            added = {"text_embeds": torch.ones(2, 16), "time_ids": torch.ones(2, 6)}
-        dtype = network.dtype
+        dtype, added = network.dtype, tiny.added_to_time(network)
         made = network(x.to(dtype), torch.tensor([7, 400]), context.to(dtype), added_cond_kwargs=added).sample
     else:
         made = network(input_ids=torch.arange(20).reshape(2, 10)).last_hidden_state
@@ -50,29 +47,29 @@ def train(networks: dict[str, Any], name: str, steps: int = 2) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.BASES)
 def test_a_new_adapter_changes_nothing_and_only_it_learns(family: str, kind: Any) -> None:
-    networks: Any = tiny_networks(family)
-    before = outputs(networks)
+    networks: Any = tiny.networks(family)
+    before = tiny.outputs(networks)
     frozen = {name: copy.deepcopy(network.state_dict()) for name, network in networks.items()}
     for name, network in networks.items():
         add_adapters({"unet": network}, AdapterSpec(kind=kind, rank=2, alpha=1, targets=EVERYWHERE))
         trainable = {n for n, p in network.named_parameters() if p.requires_grad}
         assert trainable == set(adapter_parameters(network))
         assert trainable
-        assert torch.equal(outputs(networks)[name], before[name])
+        assert torch.equal(tiny.outputs(networks)[name], before[name])
         train(networks, name)
         for path, module in adaptable(network).items():
             own = frozen[name].get(f"{path}.weight", frozen[name].get(f"text_model.{path}.weight"))
             assert torch.equal(module.weight, own)
-    after = outputs(networks)
+    after = tiny.outputs(networks)
     assert all(not torch.equal(after[name], before[name]) for name in networks)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_adapter_is_float32_whatever_the_network_is(kind: Any, dtype: torch.dtype) -> None:
-    networks: Any = {"unet": tiny_networks("sd1")["unet"].to(dtype)}
+    networks: Any = {"unet": tiny.networks("sd1")["unet"].to(dtype)}
     add_adapters({"unet": networks["unet"]}, AdapterSpec(kind=kind, rank=2, targets=EVERYWHERE))
     assert {p.dtype for p in adapter_parameters(networks["unet"]).values()} == {torch.float32}
     assert {m.weight.dtype for m in adaptable(networks["unet"]).values()} == {dtype}
@@ -85,7 +82,7 @@ def test_the_adapter_is_float32_whatever_the_network_is(kind: Any, dtype: torch.
 def test_the_seed_decides_the_first_weights(kind: Any) -> None:
     states = []
     for seed in (1, 1, 2):
-        network = tiny_networks("sd1")["text_encoder"]
+        network = tiny.networks("sd1")["text_encoder"]
         torch.manual_seed(seed)
         add_adapters({"unet": network}, AdapterSpec(kind=kind, rank=2))
         states.append(adapter_state(network))
@@ -96,26 +93,26 @@ def test_the_seed_decides_the_first_weights(kind: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_state_goes_to_another_network_and_copies_are_apart(kind: Any) -> None:
     spec = AdapterSpec(kind=kind, rank=2, targets=EVERYWHERE)
-    one: Any = tiny_networks("sd1")
+    one: Any = tiny.networks("sd1")
     add_adapters({"unet": one["unet"]}, spec)
     train(one, "unet")
     state = {key: value.clone() for key, value in adapter_state(one["unet"]).items()}
     assert not any("default" in key for key in state)
-    other: Any = tiny_networks("sd1")
+    other: Any = tiny.networks("sd1")
     add_adapters({"unet": other["unet"]}, spec)
     load_adapter_state(other["unet"], state)
-    expected = outputs({"unet": one["unet"]})["unet"]
-    assert torch.equal(outputs({"unet": other["unet"]})["unet"], expected)
+    expected = tiny.outputs({"unet": one["unet"]})["unet"]
+    assert torch.equal(tiny.outputs({"unet": other["unet"]})["unet"], expected)
 
     average = copy.deepcopy(one["unet"])
-    assert torch.equal(outputs({"unet": average})["unet"], expected)
+    assert torch.equal(tiny.outputs({"unet": average})["unet"], expected)
     train(one, "unet")
-    assert torch.equal(outputs({"unet": average})["unet"], expected)
-    assert not torch.equal(outputs({"unet": one["unet"]})["unet"], expected)
+    assert torch.equal(tiny.outputs({"unet": average})["unet"], expected)
+    assert not torch.equal(tiny.outputs({"unet": one["unet"]})["unet"], expected)
 
 
 def test_a_state_that_is_not_the_adapters_changes_nothing() -> None:
-    network = tiny_networks("sd1")["text_encoder"]
+    network = tiny.networks("sd1")["text_encoder"]
     add_adapters({"unet": network}, AdapterSpec(rank=2))
     state = {key: value + 1 for key, value in adapter_state(network).items()}
     before = {key: value.clone() for key, value in adapter_state(network).items()}
@@ -134,7 +131,7 @@ def test_a_state_that_is_not_the_adapters_changes_nothing() -> None:
 def test_checkpointed_activations_give_the_same_gradients(kind: Any) -> None:
     gradients = []
     for checkpointed in (False, True):
-        networks: Any = tiny_networks("sd1")
+        networks: Any = tiny.networks("sd1")
         torch.manual_seed(0)
         add_adapters({"unet": networks["unet"]}, AdapterSpec(kind=kind, rank=2, targets=EVERYWHERE))
         networks["unet"].train()
@@ -147,7 +144,7 @@ def test_checkpointed_activations_give_the_same_gradients(kind: Any) -> None:
 
 
 def test_groups_take_what_their_names_say() -> None:
-    network = {"unet": tiny_networks("sdxl")["unet"]}
+    network = {"unet": tiny.networks("sdxl")["unet"]}
     chosen = {group: set(targets_of(network, AdapterSpec(targets=(group,)))["unet"]) for group in GROUPS}
     assert chosen["all"] == set(adaptable(network["unet"]))
     assert {path.split(".")[-1] for path in chosen["attention"]} == {"to_q", "to_k", "to_v", "0"}
@@ -155,13 +152,13 @@ def test_groups_take_what_their_names_say() -> None:
     assert {path.split(".")[-1] for path in chosen["convolution"]} == {"conv1", "conv2", "conv_shortcut", "conv"}
     outside = {path.split(".")[-1] for path in chosen["all"] - set().union(*(chosen[g] for g in EVERYWHERE))}
     assert outside == {"conv_in", "conv_out", "linear_1", "linear_2", "time_emb_proj"}
-    text = {"text_encoder_2": tiny_networks("sdxl")["text_encoder_2"]}
+    text = {"text_encoder_2": tiny.networks("sdxl")["text_encoder_2"]}
     assert len(targets_of(text, AdapterSpec(targets=EVERYWHERE))["text_encoder_2"]) == 3 * 6
     assert "text_projection" in targets_of(text, AdapterSpec(targets=("all",)))["text_encoder_2"]
 
 
 def test_patterns_give_modules_their_own_rank_and_alpha() -> None:
-    network = tiny_networks("sd1")["unet"]
+    network = tiny.networks("sd1")["unet"]
     spec = AdapterSpec(
         rank=3,
         alpha=6,
@@ -180,7 +177,7 @@ def test_patterns_give_modules_their_own_rank_and_alpha() -> None:
 
 def test_without_alpha_the_scale_is_one_and_rslora_divides_by_the_root() -> None:
     for use_rslora, scale in ((False, 1.0), (True, 2.0)):
-        network = tiny_networks("sd1")["text_encoder"]
+        network = tiny.networks("sd1")["text_encoder"]
         add_adapters({"unet": network}, AdapterSpec(rank=4, use_rslora=use_rslora))
         assert {own.scale for own in adapter_factors(network).values()} == {scale}
 
@@ -189,15 +186,15 @@ def test_without_alpha_the_scale_is_one_and_rslora_divides_by_the_root() -> None
 @pytest.mark.parametrize("rank", [2, 64])
 def test_the_factors_are_what_the_adapter_computes(kind: Any, rank: int) -> None:
     """A rank that is larger than the layers makes LoKr keep whole factors."""
-    network: Any = tiny_networks("sd1")["unet"]
+    network: Any = tiny.networks("sd1")["unet"]
     add_adapters({"unet": network}, AdapterSpec(kind=kind, rank=rank, alpha=rank / 2, targets=EVERYWHERE))
     train({"unet": network}, "unet")
-    plain: Any = tiny_networks("sd1")["unet"]
+    plain: Any = tiny.networks("sd1")["unet"]
     modules = adaptable(plain)
     with torch.no_grad():
         for path, own in adapter_factors(network).items():
             modules[path].weight += delta(own, modules[path].weight)
-    one, other = (outputs({"unet": n})["unet"] for n in (network, plain))
+    one, other = (tiny.outputs({"unet": n})["unet"] for n in (network, plain))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -223,17 +220,17 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
 
 
 def test_a_target_that_is_nowhere_names_what_was_meant() -> None:
-    network = tiny_networks("sd1")["unet"]
+    network = tiny.networks("sd1")["unet"]
     with pytest.raises(UserError, match=r'target "to_qq" is in no module.*to_q'):
         add_adapters({"unet": network}, AdapterSpec(targets=("attention", "to_qq")))
     with pytest.raises(UserError, match='pattern "fc1" is in none of the targets'):
         add_adapters({"unet": network}, AdapterSpec(rank_pattern={"fc1": 2}))
     with pytest.raises(UserError, match="text_encoder has no modules in convolution"):
-        add_adapters({"text_encoder": tiny_networks("sd1")["text_encoder"]}, AdapterSpec(targets=("convolution",)))
+        add_adapters({"text_encoder": tiny.networks("sd1")["text_encoder"]}, AdapterSpec(targets=("convolution",)))
 
 
 def test_a_pattern_need_only_be_in_one_of_the_networks() -> None:
-    networks = tiny_networks("sdxl")
+    networks = tiny.networks("sdxl")
     spec = AdapterSpec(rank=3, targets=("attention", "conv_in", "fc1"), rank_pattern={"fc1": 2, "to_q": 1})
     add_adapters(networks, spec)
     ranks = {name: {path: f.rank for path, f in adapter_factors(net).items()} for name, net in networks.items()}
@@ -243,7 +240,7 @@ def test_a_pattern_need_only_be_in_one_of_the_networks() -> None:
 
 
 def test_one_adapter_at_a_time() -> None:
-    network = tiny_networks("sd1")["text_encoder"]
+    network = tiny.networks("sd1")["text_encoder"]
     with pytest.raises(UserError, match="has no adapter"):
         adapter_state(network)
     add_adapters({"unet": network}, AdapterSpec(rank=2))

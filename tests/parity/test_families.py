@@ -115,7 +115,7 @@ def inputs(model: Model, pipeline: Any, request: Request, divisor: float) -> dic
 @pytest.mark.parametrize("negative", ["", "blurry, dark"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("sampler", SCHEDULERS)
-@pytest.mark.parametrize("family", ["sd1", "sd2-v", "sdxl"])
+@pytest.mark.parametrize("family", tiny.BASES)
 def test_text_to_picture(
     family: str, sampler: str, guidance_scale: float, negative: str, pipelines: dict[str, tuple[Any, Model]]
 ) -> None:
@@ -158,21 +158,26 @@ def test_inpainting(
     assert_same_picture(model, request, pipeline(**given).images[0])
 
 
-@pytest.mark.parametrize("sampler", SCHEDULERS)
-def test_picture_to_picture(sampler: str, pipelines: dict[str, tuple[Any, Model]], scene: tuple[Path, Path]) -> None:
+def given_latents(model: Model, pipeline: Any, request: Request) -> dict[str, Any]:
     """Given latents in place of a picture, diffusers draws no posterior and adds this generator's noise."""
-    pipeline, model = pipelines["sd1"]
-    request = request_for(sampler, 5.0, image=str(scene[0]), strength=0.5)
-    prepared(pipeline, sampler)
-    image = torch.from_numpy(np.asarray(Image.open(scene[0]), dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    picture = np.asarray(Image.open(str(request.image)), dtype=np.float32)
     with torch.no_grad():
-        latents = pipeline.vae.encode(image).latent_dist.mean * pipeline.vae.config.scaling_factor
+        posterior = pipeline.vae.encode(torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist
     given = inputs(model, pipeline, request, 1.0) | {
-        "image": latents,
-        "strength": 0.5,
+        "image": posterior.mean * pipeline.vae.config.scaling_factor,
+        "strength": request.strength,
         "generator": torch.Generator().manual_seed(request.seed),
     }
     del given["latents"]
+    return given
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_picture_to_picture(sampler: str, pipelines: dict[str, tuple[Any, Model]], scene: tuple[Path, Path]) -> None:
+    pipeline, model = pipelines["sd1"]
+    request = request_for(sampler, 5.0, image=str(scene[0]), strength=0.5)
+    prepared(pipeline, sampler)
+    given = given_latents(model, pipeline, request)
     components = {name: part for name, part in pipeline.components.items() if name != "image_encoder"}
     theirs = StableDiffusionImg2ImgPipeline(**components, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
@@ -183,17 +188,7 @@ def test_the_refiner(pipelines: dict[str, tuple[Any, Model]], scene: tuple[Path,
     pipeline, model = pipelines["refiner"]
     request = request_for("euler", 5.0, image=str(scene[0]), strength=0.5, negative_prompt="blurry, dark")
     prepared(pipeline, "euler")
-    image = torch.from_numpy(np.asarray(Image.open(scene[0]), dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
-    with torch.no_grad():
-        latents = pipeline.vae.encode(image).latent_dist.mean * pipeline.vae.config.scaling_factor
-    given = inputs(model, pipeline, request, 1.0) | {
-        "image": latents,
-        "strength": 0.5,
-        "generator": torch.Generator().manual_seed(request.seed),
-        "original_size": (SIDE, SIDE),
-        "target_size": (SIDE, SIDE),
-    }
-    del given["latents"]
+    given = given_latents(model, pipeline, request) | {"original_size": (SIDE, SIDE), "target_size": (SIDE, SIDE)}
     assert_same_picture(model, request, pipeline(**given).images[0])
 
 
@@ -228,7 +223,7 @@ def test_half_precision_in_the_file_only(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("family", ["sd1", "sd2-v", "sdxl"])
+@pytest.mark.parametrize("family", tiny.BASES)
 def test_through_a_single_file(
     family: str, dtype: torch.dtype, pipelines: dict[str, tuple[Any, Model]], tmp_path: Path
 ) -> None:
@@ -247,7 +242,7 @@ def test_through_a_single_file(
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
-@pytest.mark.parametrize("family", ["sd1", "sd2-v", "sdxl"])
+@pytest.mark.parametrize("family", tiny.BASES)
 def test_with_a_lora(family: str, layout: str, tmp_path: Path) -> None:
     """Random adapters on U-Net and text encoders, from one file on both sides."""
     folder = tiny.saved(family, tmp_path / "model")

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from made import assert_same_file, lora, trained
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from tiny_networks import FAMILIES, outputs, tiny_pipeline
 
 from latentgen.formats.lora.apply import merge
 from latentgen.formats.lora.families import shapes_of
@@ -26,34 +26,34 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def assert_close(networks: Any, expected: Any) -> None:
-    for name, made in outputs(networks).items():
+    for name, made in tiny.outputs(networks).items():
         torch.testing.assert_close(made, expected[name], **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("targets", [("attention",), ("feed_forward",), ("all",)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.BASES)
 def test_our_files_in_diffusers(family: str, targets: tuple[str, ...], kind: str, tmp_path: Path) -> None:
     networks, file = lora(
         kind, family, targets=targets, rank_pattern={"fc1|net.0|to_q": 2}, alpha_pattern={"fc2|proj_out|to_k": 1.5}
     )
     write_lora(file, tmp_path / "a.safetensors", "diffusers", networks)
-    pipeline = tiny_pipeline(family, copy.deepcopy(networks))
+    pipeline = tiny.pipeline_of(family, copy.deepcopy(networks))
     pipeline.load_lora_weights(tmp_path / "a.safetensors")
     merge(networks, file)
-    assert_close({name: getattr(pipeline, name) for name in networks}, outputs(networks))
+    assert_close({name: getattr(pipeline, name) for name in networks}, tiny.outputs(networks))
 
 
 @pytest.mark.parametrize("targets", [("attention",), ("attention", "feed_forward", "convolution"), ("all",)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.BASES)
 def test_our_kohya_files_in_diffusers(family: str, targets: tuple[str, ...], tmp_path: Path) -> None:
     """One alpha for a network, and attention whole: what diffusers understands of kohya's files."""
     networks, file = lora("lora", family, targets=targets, rank_pattern={"to_q": 2})
     write_lora(file, tmp_path / "a.safetensors", "kohya", networks)
-    pipeline = tiny_pipeline(family, copy.deepcopy(networks))
+    pipeline = tiny.pipeline_of(family, copy.deepcopy(networks))
     pipeline.load_lora_weights(tmp_path / "a.safetensors")
     merge(networks, file)
-    assert_close({name: getattr(pipeline, name) for name in networks}, outputs(networks))
+    assert_close({name: getattr(pipeline, name) for name in networks}, tiny.outputs(networks))
 
 
 def test_our_lokr_files_in_diffusers(tmp_path: Path) -> None:
@@ -64,18 +64,18 @@ def test_our_lokr_files_in_diffusers(tmp_path: Path) -> None:
     theirs = copy.deepcopy(networks["unet"])
     theirs.load_lora_adapter(tmp_path / "a.safetensors", prefix="unet")
     merge(networks, file)
-    assert_close({"unet": theirs}, outputs(networks))
+    assert_close({"unet": theirs}, tiny.outputs(networks))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_a_weighted_lora_is_what_diffusers_draws(weight: float, tmp_path: Path) -> None:
     networks, file = lora(targets=("attention",))
     write_lora(file, tmp_path / "a.safetensors", "diffusers", networks)
-    pipeline = tiny_pipeline("sd1", copy.deepcopy(networks))
+    pipeline = tiny.pipeline_of("sd1", copy.deepcopy(networks))
     pipeline.load_lora_weights(tmp_path / "a.safetensors", adapter_name="mine")
     pipeline.set_adapters(["mine"], [weight])
     merge(networks, file, weight)
-    assert_close({name: getattr(pipeline, name) for name in networks}, outputs(networks))
+    assert_close({name: getattr(pipeline, name) for name in networks}, tiny.outputs(networks))
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -229,7 +229,7 @@ def test_peft_computes_what_we_merge_after_a_round_trip_through_every_layout(tmp
         write_lora(file, tmp_path / "a.safetensors", layout, networks)
         file = read_lora(tmp_path / "a.safetensors", networks)
     merge(networks, file)
-    assert_close(networks, outputs(tuned))
+    assert_close(networks, tiny.outputs(tuned))
 
 
 def test_the_delta_is_pefts_own() -> None:

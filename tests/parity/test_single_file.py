@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import published
 import pytest
-import tiny_models
 import torch
 from diffusers import pipelines as diffusers_pipelines
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
 from latentgen.formats.folder_parts import parts_of_folder, write_folder_from
 from latentgen.formats.model_folder import quiet_libraries
+from latentgen.formats.original.renaming import original_names
 from latentgen.formats.part_check import expected_shapes
 from latentgen.formats.parts import canonical
 from latentgen.formats.single_file.read import read_single_file
-from latentgen.formats.single_file.renaming import original_names
 from latentgen.formats.single_file.write import write_single_file
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -96,9 +96,9 @@ def test_the_published_autoencoder_has_the_names_that_diffusers_expects() -> Non
     assert {name: tuple(value.shape) for name, value in converted.items()} == names
 
 
-@pytest.mark.parametrize("name", tiny_models.UNETS)
+@pytest.mark.parametrize("name", published.UNETS)
 def test_diffusers_opens_our_file_with_equal_tensors(name: str, tmp_path) -> None:
-    folder = tiny_models.tiny_folder(name)
+    folder = published.saved(name)
     parts = parts_of_folder(folder)
     write_single_file(parts, tmp_path / "model.safetensors")
     kind = getattr(diffusers_pipelines, parts.pipeline["_class_name"])
@@ -113,10 +113,10 @@ def test_diffusers_opens_our_file_with_equal_tensors(name: str, tmp_path) -> Non
 
 @pytest.mark.parametrize("name", ["sd1", "sd2-v", "sdxl-refiner", "ssd-1b"])
 def test_an_imported_folder_draws_what_the_original_pipeline_drew(name: str, tmp_path) -> None:
-    folder = tiny_models.tiny_folder(name)
+    folder = published.saved(name)
     write_single_file(parts_of_folder(folder), tmp_path / "model.safetensors")
     write_folder_from(read_single_file(tmp_path / "model.safetensors"), tmp_path / "again")
-    kind = type(tiny_models.tiny_pipeline(name))
+    kind = type(published.make(name))
     pictures = []
     for place in (folder, tmp_path / "again"):
         with quiet_libraries():

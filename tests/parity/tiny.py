@@ -1,4 +1,8 @@
-"""Tiny random models of every family that other tools know, as diffusers' own pipelines."""
+"""The smallest random models of every family that other tools know, as diffusers' own pipelines.
+
+Their vocabulary is a few words, and they draw in an instant. `published` has models of which single files of other
+programs tell all. Loaded by the tests of many folders.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +21,21 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from latentgen.models.text import train_tokenizer
 
 CAPTIONS = ["a red circle", "a blue star above a green heart", "blurry, dark"] * 2
 LENGTH = 12
+DOWN, UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
 
 
 def tokenizer() -> CLIPTokenizer:
     return train_tokenizer(CAPTIONS, 560, LENGTH)
 
 
-def text_config(words: CLIPTokenizer, width: int, act: str = "quick_gelu", projection: int = 16) -> CLIPTextConfig:
+def text_config(words: CLIPTokenizer, width: int, act: str = "quick_gelu", projection: int = 24) -> CLIPTextConfig:
     assert isinstance(words.eos_token_id, int)
     return CLIPTextConfig(
         vocab_size=len(words),
@@ -61,14 +67,10 @@ def unet(context: int, in_channels: int = 4, **more: Any) -> UNet2DConditionMode
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=in_channels,
-        out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(16, 32),
-        layers_per_block=2,
         cross_attention_dim=context,
+        block_out_channels=(16, 32),
         norm_num_groups=4,
-        **more,
+        **{"down_block_types": DOWN, "up_block_types": UP, **more},
     )
 
 
@@ -111,11 +113,13 @@ def large(kind: Any = StableDiffusionXLPipeline, *, channels: int = 4, refiner: 
         vae=vae(),
         text_encoder=None if refiner else CLIPTextModel(text_config(words, 32)),
         tokenizer=None if refiner else words,
-        text_encoder_2=CLIPTextModelWithProjection(text_config(words, 64, "gelu", 24)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(words, 64, "gelu")),
         tokenizer_2=words,
         unet=unet(
             64 if refiner else 96,
             channels,
+            down_block_types=DOWN[::-1],
+            up_block_types=UP[::-1],
             attention_head_dim=(2, 4),
             transformer_layers_per_block=(1, 2),
             use_linear_projection=True,
@@ -140,12 +144,16 @@ FAMILIES = {
 }
 
 
+BASES = ("sd1", "sd2-v", "sdxl")
+"""Those that draw from a text alone."""
+
+
 def make(family: str) -> Any:
+    """A pipeline of one of `FAMILIES`; its weights are the same every time."""
     torch.manual_seed(0)
     pipeline = FAMILIES[family]()
-    for name in ("unet", "text_encoder", "text_encoder_2", "vae"):
-        network = pipeline.components.get(name)
-        if network is not None:
+    for network in pipeline.components.values():
+        if isinstance(network, nn.Module):
             network.eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -154,6 +162,43 @@ def make(family: str) -> Any:
 def saved(family: str, folder: Path) -> Path:
     make(family).save_pretrained(folder)
     return folder
+
+
+def networks(family: str) -> dict[str, Any]:
+    """The networks of `make(family)` that are adapted to pictures and words, by diffusers' names."""
+    parts = make(family).components
+    return {name: parts[name] for name in ("unet", "text_encoder", "text_encoder_2") if parts.get(name) is not None}
+
+
+def pipeline_of(family: str, own: dict[str, Any]) -> Any:
+    """`make(family)` with these networks."""
+    pipeline = make(family)
+    pipeline.register_modules(**own)
+    return pipeline
+
+
+def added_to_time(unet: Any) -> dict[str, torch.Tensor] | None:
+    """What SDXL's U-Nets are told of two pictures beside their context; None for others."""
+    if unet.config["addition_embed_type"] != "text_time":
+        return None
+    return {"text_embeds": torch.linspace(-1, 1, 48).reshape(2, 24), "time_ids": torch.ones(2, 6)}
+
+
+def outputs(own: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What each network makes of a fixed random input."""
+    generator = torch.Generator().manual_seed(3)
+    made: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for name, network in own.items():
+            if name == "unet":
+                x = torch.randn(2, 4, 8, 8, generator=generator)
+                context = torch.randn(2, LENGTH, network.config["cross_attention_dim"], generator=generator)
+                time, added = torch.tensor([7, 400]), added_to_time(network)
+                made[name] = network(x, time, context, added_cond_kwargs=added).sample
+            else:
+                ids = torch.randint(0, 30, (2, LENGTH), generator=generator)
+                made[name] = network(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    return made
 
 
 def tiny_autoencoder() -> AutoencoderTiny:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from latentgen.cli import drawing
+from latentgen.cli.main import app
+from latentgen.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,8 +60,17 @@ SAMPLE = {
     "no model folder": (["a star", "--model", "absent"], ["absent", "no model folder"]),
     "not a model folder": (["a star", "--model", "empty"], ["empty", "model_index.json"]),
     "a run folder": (["a star", "--model", "RUN"], ["run folder", "model"]),
-    "cut weights": (["a star", "--model", "cut"], ["unet", "cut off"]),
-    "weights missing": (["a star", "--model", "without"], ["vae", "missing"]),
+    "cut weights": (["a star", "--model", "cut"], ["unet", "cut off", "copy it again"]),
+    "weights missing": (["a star", "--model", "without"], ["vae", "missing", "copy or download it again"]),
+    "no tokenizer": (
+        ["a star", "--model", "wordless"],
+        ["tokenizer/tokenizer.json is missing", "copy or download it again"],
+    ),
+    "channels that do not fit": (
+        ["a star", "--model", "seven"],
+        ["seven", "the U-Net takes 7 channels, the autoencoder has 4", "take a model of such a kind"],
+    ),
+    "a broken autoencoder": (["a star", "--model", "infinite"], ["the autoencoder gives", "fetch the model again"]),
     "broken index": (["a star", "--model", "scrambled"], ["model_index.json"]),
     "no steps": (["a star", "--model", "MODEL", "--steps", "0"], ["--steps 0"]),
     "height": (["a star", "--model", "MODEL", "--height", "60"], ["--height 60", "multiple of 8"]),
@@ -95,13 +113,25 @@ def place(mini, model, tmp_path_factory):
     (folder / "empty.txt").write_text("# nothing\n\n")
     (folder / "mute").mkdir()
     Image.new("RGB", (64, 64)).save(folder / "mute" / "IMG_0001.png")
-    for name in ("cut", "without", "scrambled"):
+    for name in ("cut", "without", "scrambled", "wordless", "seven", "infinite"):
         shutil.copytree(model, folder / name)
     weights = folder / "cut/unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     (folder / "without/vae/diffusion_pytorch_model.safetensors").unlink()
     (folder / "scrambled/model_index.json").write_text("{")
+    (folder / "wordless/tokenizer/tokenizer.json").unlink()
+    change(folder / "seven/unet", "conv_in.weight", lambda w: w[:, :1].repeat(1, 7, 1, 1), in_channels=7)
+    change(folder / "infinite/vae", "decoder.conv_in.weight", lambda w: 1e38 * w)
     return folder
+
+
+def change(network: Path, name: str, how: Callable[[Tensor], Tensor], **config: object) -> None:
+    """Change a tensor in a network's folder, and entries of its configuration."""
+    weights = network / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, name: how(tensors[name]).contiguous()}, weights, {"format": "pt"})
+    told = json.loads((network / "config.json").read_text())
+    (network / "config.json").write_text(json.dumps({**told, **config}))
 
 
 def refused(code: int | None, err: list[str], words: list[str]) -> None:
@@ -132,6 +162,21 @@ def test_sampling_refuses(mistake, programs, place, model, tree):
     refused(done.code, done.errors, expected)
     assert done.out == ""
     assert tree(place) == before
+
+
+def test_an_autoencoder_that_overflows_in_float16(model, tmp_path, monkeypatch):
+    """Drawing in float16 needs a GPU; here the name of another type stands for it."""
+    shutil.copytree(model, tmp_path / "model")
+    change(tmp_path / "model/vae", "decoder.conv_in.weight", lambda w: 1e6 * w, force_upcast=False)
+    words = ["sample", "a star", "--model", str(tmp_path / "model"), "--num", "1", "--steps", "1", "--out"]
+    app([*words, str(tmp_path / "fp32")], standalone_mode=False)
+    monkeypatch.setitem(drawing.DTYPES, "bf16", torch.float16)
+    with pytest.raises(UserError) as caught:
+        app([*words, str(tmp_path / "fp16"), "--dtype", "bf16"], standalone_mode=False)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "the autoencoder gives numbers that are not finite in float16: say --dtype bf16, or fp32" in text
+    assert not list((tmp_path / "fp16").glob("*"))
 
 
 def test_no_model_at_all(programs, place, tree):

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import published
 import pytest
-import tiny_models
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -89,11 +89,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the page takes for granted."""
     folder = tmp_path_factory.mktemp("page")
     (folder / "configs").symlink_to(ROOT / "configs")
-    write_single_file(parts_of_folder(tiny_models.tiny_folder("sd1")), folder / "sd15.safetensors")
+    write_single_file(parts_of_folder(published.saved("sd1")), folder / "sd15.safetensors")
     whole = (folder / "sd15.safetensors").read_bytes()
     (folder / "half.safetensors").write_bytes(whole[: len(whole) // 2])
     torch.save({"state_dict": load_file(folder / "sd15.safetensors")}, folder / "old.ckpt")
-    lora(shapes_of({"unet": tiny_models.tiny_unet("sd1")}), folder / "style.safetensors")
+    lora(shapes_of({"unet": published.unet("sd1")}), folder / "style.safetensors")
     lora(family_shapes("sdxl"), folder / "sdxl-style.safetensors")
     for name, recipe in re.findall(r"^```yaml\n# (\S+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
         (folder / name).write_text(recipe)
@@ -157,7 +157,7 @@ def test_what_is_given_away(done: list[tuple[int, str]], place: Path) -> None:
     file = read_lora(comfy / "loras" / "rex.safetensors", networks)
     assert file.layout == "kohya"
     (word,) = load_file(comfy / "embeddings" / "rex.safetensors").values()
-    assert word.shape == (4, tiny_models.WIDTH)
+    assert word.shape == (4, published.WIDTH)
     merged, single = open_model(place / "models" / "rex").model, open_model(comfy / "checkpoints/rex.safetensors").model
     theirs = StableDiffusionPipeline.from_pretrained(place / "out" / "rex")
     for name, network in merged.networks().items():

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latentgen.cli.main import app
 from latentgen.cli.sample import SHIPPED
 from latentgen.core.errors import UserError
 from latentgen.core.files import file_sha256
-from latentgen.formats.model_folder import load_model
+from latentgen.formats.families import CONFIGS
+from latentgen.formats.model_folder import load_model, save_model
 from latentgen.pipelines.generate import Request, generate
 
 
@@ -80,6 +82,48 @@ def test_export_stores_another_precision_and_another_layout(single: Path, tmp_pa
     first, second = load_file(single), load_file(tmp_path / "half.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_contrastive_towers_go_with_folders_and_are_missed_in_files(
+    tiny_builder, clip_builder, tmp_path: Path, capsys
+) -> None:
+    model = tiny_builder()
+    save_model(model, tmp_path / "model", clip=clip_builder(len(model.towers[0].tokenizer)))
+    latentgen("export", tmp_path / "model", tmp_path / "copy", "--format", "diffusers")
+    for file in (tmp_path / "model" / "clip").iterdir():
+        assert (tmp_path / "copy" / "clip" / file.name).read_bytes() == file.read_bytes()
+    assert "left out" not in capsys.readouterr().err
+    latentgen("export", tmp_path / "model", tmp_path / "one.safetensors", "--format", "single-file")
+    said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert said == [
+        f"warning: {tmp_path}/model/clip, the contrastive towers, is left out: only a folder has a place for it; "
+        f"keep {tmp_path}/model to train on"
+    ]
+
+
+def test_a_file_without_its_tokenizer_says_where_to_take_one(single: Path, tmp_path: Path) -> None:
+    with safe_open(single, "pt") as file:
+        metadata = file.metadata()
+    told = json.loads(metadata[CONFIGS])
+    del told["tokenizers"]
+    save_file(load_file(single), tmp_path / "mute.safetensors", {**metadata, CONFIGS: json.dumps(told)})
+    with pytest.raises(UserError, match=r"mute\.safetensors.*brings no tokenizer; name .* with --base FOLDER"):
+        latentgen("import", tmp_path / "mute.safetensors", tmp_path / "folder")
+    latentgen("import", tmp_path / "mute.safetensors", tmp_path / "folder", "--base", SHIPPED)
+    for file in (Path(SHIPPED) / "tokenizer").iterdir():
+        assert (tmp_path / "folder" / "tokenizer" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_weights_that_float16_cannot_hold_are_not_stored(tiny_builder, tmp_path: Path) -> None:
+    model = tiny_builder()
+    with torch.no_grad():
+        model.vae.decoder.conv_in.weight.mul_(1e7)
+    save_model(model, tmp_path / "model")
+    for target in ("half.safetensors", "half"):
+        words = ["--format", "single-file" if target.endswith("s") else "diffusers", "--dtype", "fp16"]
+        with pytest.raises(UserError, match=r"vae/decoder.conv_in.weight .*save with --dtype bf16 or --dtype fp32"):
+            latentgen("export", tmp_path / "model", tmp_path / target, *words)
+        assert not (tmp_path / target).exists()
 
 
 def test_a_pickle_is_refused_with_a_command_that_works(single: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from latentgen.formats.lora.keys import Shapes, assembled, flaw, grouped, recognised, spelled
+from latentgen.formats.original.layouts import TITLES
 from latentgen.models.adapters import adaptable
 from latentgen.models.deltas import Factors, fits
 
@@ -79,12 +80,6 @@ TEXTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "sd2": {"text_encoder": _CLIP_H},
     "sdxl": {"text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G},
     "sdxl-refiner": {"text_encoder_2": _CLIP_G},
-}
-TITLES: Mapping[str, str] = {
-    "sd1": "Stable Diffusion 1",
-    "sd2": "Stable Diffusion 2",
-    "sdxl": "SDXL",
-    "sdxl-refiner": "the SDXL refiner",
 }
 
 

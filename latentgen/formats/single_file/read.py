@@ -22,14 +22,15 @@ from latentgen.formats.component_configs import (
     vae_config,
 )
 from latentgen.formats.families import part_names, recognise, said
-from latentgen.formats.folder_parts import parts_of_folder, pipeline_of
+from latentgen.formats.folder_parts import parts_of_folder
 from latentgen.formats.found import Found
 from latentgen.formats.headers import Header
+from latentgen.formats.model_index import pipeline_of
+from latentgen.formats.original.layouts import EMA, IGNORED, TITLES, Place
+from latentgen.formats.original.renaming import PROJECTION, to_diffusers
 from latentgen.formats.part_check import check_part
 from latentgen.formats.parts import TOKENIZERS, Parts, State, canonical
 from latentgen.formats.scheduler import read_schedule, scheduler_config
-from latentgen.formats.single_file.layouts import EMA, IGNORED, TITLES, Place
-from latentgen.formats.single_file.renaming import PROJECTION, to_diffusers
 from latentgen.formats.single_file.vocabulary import tokenizer_files
 from latentgen.formats.tensor_files import read_tensors
 

@@ -19,13 +19,13 @@ from latentgen.formats.credits import Credits
 from latentgen.formats.families import CONFIGS
 from latentgen.formats.headers import SUFFIX
 from latentgen.formats.modelspec import model_spec
+from latentgen.formats.original.layouts import LAYOUTS, TITLES, V_PREDICTION, ZERO_SNR
+from latentgen.formats.original.renaming import POSITION_IDS, PROJECTION, to_original
+from latentgen.formats.original.unet_names import OURS
 from latentgen.formats.part_check import check_part
 from latentgen.formats.parts import TOKENIZERS, Parts, State, cast
 from latentgen.formats.scheduler import read_schedule
-from latentgen.formats.single_file.layouts import LAYOUTS, TITLES, V_PREDICTION, ZERO_SNR
 from latentgen.formats.single_file.read import METADATA_ENTRY
-from latentgen.formats.single_file.renaming import POSITION_IDS, PROJECTION, to_original
-from latentgen.formats.single_file.unet_names import OURS
 from latentgen.formats.single_file.vocabulary import is_usual
 
 logger = logging.getLogger("latentgen.formats")

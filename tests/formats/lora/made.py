@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import tiny
 import torch
-from tiny_networks import tiny_networks
 
 from latentgen.formats.lora.file import LoraFile, trained_lora
 from latentgen.models.adapters import AdapterSpec, adapter_parameters, add_adapters
@@ -16,7 +16,7 @@ EVERYWHERE = ("attention", "feed_forward", "convolution")
 
 def trained(kind: Any = "lora", family: str = "sd1", seed: int = 5, **settings: Any) -> tuple[Any, Any]:
     """The plain networks of a family, and equal ones with adapters that do something."""
-    base = tiny_networks(family)
+    base = tiny.networks(family)
     networks = copy.deepcopy(base)
     generator = torch.Generator().manual_seed(seed)
     add_adapters(networks, AdapterSpec(**{"kind": kind, "rank": 3, "alpha": 2, "targets": EVERYWHERE, **settings}))

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from made import lora, trained
-from tiny_networks import FAMILIES, outputs, tiny_networks
 
 from latentgen.core.errors import UserError
 from latentgen.formats.lora.apply import merge, merged, unmerge
@@ -26,12 +26,12 @@ def assert_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tens
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.BASES)
 def test_the_merged_network_computes_what_the_adapter_computed(kind: str, family: str) -> None:
     networks, tuned = trained(kind, family)
-    before, expected = outputs(networks), outputs(tuned)
+    before, expected = tiny.outputs(networks), tiny.outputs(tuned)
     merge(networks, trained_lora(tuned))
-    for name, made in outputs(networks).items():
+    for name, made in tiny.outputs(networks).items():
         assert not torch.allclose(expected[name], before[name], atol=0.01)
         torch.testing.assert_close(made, expected[name], rtol=1e-4, atol=1e-5)
 
@@ -109,7 +109,7 @@ def test_the_sum_is_rounded_once_from_float32() -> None:
 
 def test_other_models_are_refused_and_left_alone() -> None:
     _, file = lora(family="sdxl", targets=("attention",))
-    networks = tiny_networks("sd1")
+    networks = tiny.networks("sd1")
     before = states(networks)
     with pytest.raises(UserError, match="changes text_encoder_2, which the model has not; give text_encoder_2 the"):
         merge(networks, file)

@@ -5,12 +5,12 @@ import logging
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import lora
 from test_apply import states
-from tiny_networks import FAMILIES, tiny_networks
 
 from latentgen.core.errors import UserError
 from latentgen.formats.lora.apply import merge
@@ -32,7 +32,7 @@ def deltas(file: LoraFile, networks: Any) -> dict[str, torch.Tensor]:
 
 def changed(family: str = "sd1") -> tuple[Any, Any]:
     """A family's networks, and others of whose linear layers and convolutions every second is another."""
-    base = tiny_networks(family)
+    base = tiny.networks(family)
     tuned = copy.deepcopy(base)
     generator = torch.Generator().manual_seed(1)
     for network in tuned.values():
@@ -42,7 +42,7 @@ def changed(family: str = "sd1") -> tuple[Any, Any]:
     return base, tuned
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.BASES)
 def test_at_full_rank_the_difference_is_reproduced(family: str) -> None:
     base, tuned = changed(family)
     file = extract(base, tuned, 10_000)
@@ -88,10 +88,10 @@ def test_energy_keeps_the_least_rank_that_holds_it(energy: float) -> None:
 
 def test_clamped_entries_stay_below_the_quantile() -> None:
     base, tuned = changed()
-    free, clamped = extract(base, tuned, 4), extract(base, tuned, 4, clamp=0.9)
+    free, clamped = extract(base, tuned, 4), extract(base, tuned, 4, clamp=0.85)
     for path, factors in free.modules["text_encoder"].items():
         entries = torch.cat([value.flatten() for value in factors.tensors.values()]).abs()
-        bound = torch.quantile(entries, 0.9, interpolation="nearest")
+        bound = torch.quantile(entries, 0.85, interpolation="nearest")
         other = clamped.modules["text_encoder"][path].tensors
         assert max(value.abs().max() for value in other.values()) <= entries.sort().values[-len(entries) // 12]
         assert all(torch.equal(other[n], v.clamp(-bound, bound)) for n, v in factors.tensors.items())
@@ -112,9 +112,9 @@ def test_models_that_cannot_be_compared() -> None:
     with pytest.raises(UserError, match="no linear layer and no convolution differs"):
         extract(base, copy.deepcopy(base), 2)
     with pytest.raises(UserError, match="use two of one family"):
-        extract(base, tiny_networks("sdxl"), 2)
+        extract(base, tiny.networks("sdxl"), 2)
     with pytest.raises(UserError, match=r"unet .* is not the same in both"):
-        extract({"unet": base["unet"]}, {"unet": tiny_networks("sdxl")["unet"]}, 2)
+        extract({"unet": base["unet"]}, {"unet": tiny.networks("sdxl")["unet"]}, 2)
     for wrong in ({"rank": 0}, {"rank": 1, "conv_rank": -1}, {"rank": 1, "energy": 0.0}, {"rank": 1, "clamp": 1.5}):
         with pytest.raises(UserError, match=r"must be|outside"):
             extract(base, tuned, **wrong)

@@ -7,11 +7,11 @@ import logging
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from made import assert_same_file, lora, trained
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tiny_networks import FAMILIES, tiny_networks
 
 from latentgen.core.errors import UserError
 from latentgen.formats.lora.families import UNETS, family_shapes, shapes_of
@@ -30,7 +30,7 @@ HOLDS = {
 
 
 @pytest.mark.parametrize(("layout", "kind"), [(name, kind) for name in WRITTEN for kind in HOLDS[name]])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.BASES)
 def test_what_is_written_is_read_bit_for_bit(family: str, layout: str, kind: str, tmp_path: Path) -> None:
     alpha = 3 if (layout, kind) == ("diffusers", "lokr") else 2  # diffusers' LoKr has no alpha
     networks, file = lora(kind, family, alpha=alpha)
@@ -257,9 +257,9 @@ def test_a_tucker_lora_becomes_a_plain_one_for_diffusers() -> None:
 def test_a_lora_of_another_family_says_what_it_looks_like(layout: str, tmp_path: Path) -> None:
     write_lora(full_size("sdxl"), tmp_path / "a.safetensors", layout)
     with pytest.raises(UserError) as error:
-        read_lora(tmp_path / "a.safetensors", tiny_networks("sd1"))
+        read_lora(tmp_path / "a.safetensors", tiny.networks("sd1"))
     text = str(error.value)
-    assert f"looks like a LoRA in the {layout} layout of SDXL" in text
+    assert f"looks like a LoRA in the {layout} layout of Stable Diffusion XL" in text
     assert "18 keys" in text or "12 keys" in text
     assert "such as" in text
     assert "\n" not in text
@@ -268,12 +268,12 @@ def test_a_lora_of_another_family_says_what_it_looks_like(layout: str, tmp_path:
 def test_names_that_fit_with_shapes_that_do_not(tmp_path: Path) -> None:
     write_lora(full_size("sd2"), tmp_path / "a.safetensors", "kohya")
     with pytest.raises(UserError, match=r"does not fit the model's .*looks like a LoRA in the kohya layout of Stable"):
-        read_lora(tmp_path / "a.safetensors", {"unet": tiny_networks("sd1")["unet"]})
+        read_lora(tmp_path / "a.safetensors", {"unet": tiny.networks("sd1")["unet"]})
 
 
 def test_a_file_that_is_no_lora(tmp_path: Path) -> None:
     save_file({"model.weight": torch.ones(2)}, tmp_path / "a.safetensors")
-    for networks in (None, tiny_networks("sd1")):
+    for networks in (None, tiny.networks("sd1")):
         with pytest.raises(UserError, match=r"looks like no LoRA in a layout that is known \(1 keys, such as model.w"):
             read_lora(tmp_path / "a.safetensors", networks)
 
@@ -361,7 +361,7 @@ def test_kohya_files_that_diffusers_reads_wrongly_are_named(caplog: pytest.LogCa
 
 def test_networks_without_an_adapter_are_not_in_the_file() -> None:
     with pytest.raises(UserError, match="none of unet, text_encoder has an adapter"):
-        trained_lora(tiny_networks("sd1"))
+        trained_lora(tiny.networks("sd1"))
 
 
 def test_written_files_open_with_the_library(tmp_path: Path) -> None:

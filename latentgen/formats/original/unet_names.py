@@ -86,7 +86,7 @@ def structure_of_original(names: Iterable[str]) -> Structure:
 
 
 def structure_of_diffusers(names: Iterable[str]) -> Structure:
-    """From names as `down_blocks.0.resnets.0.norm1.weight`.
+    """From names as `down_blocks.0.resnets.0.norm1.weight`, of tensors or of modules.
 
     Raises:
         UserError: blocks are missing.
@@ -100,7 +100,7 @@ def structure_of_diffusers(names: Iterable[str]) -> Structure:
             [depths[f"{side}.{level}.attentions.{layer}"] for layer in range(_count(names, f"{side}.{level}.resnets"))]
             for level in range(_count(names, side))
         ]
-    single = "mid_block.resnets.0.norm1.weight" in names
+    single = any(name.startswith("mid_block.resnets.0.") for name in names)
     return _whole(sides["down_blocks"], sides["up_blocks"], depths["mid_block.attentions.0"] if single else None)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from latentgen.formats.single_file.unet_names import Pairs
+from latentgen.formats.original.unet_names import Pairs
 
 OUTER = (
     ("encoder.conv_in", "encoder.conv_in"),

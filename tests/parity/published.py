@@ -1,11 +1,13 @@
-"""Tiny models with random weights, of every family, made of the libraries' own classes as their folders describe them.
+"""Tiny random models with the structure of published ones, for files whose tensors alone must tell what they are.
 
-Each has the structure of a published model (levels, layers, where it attends, how it is conditioned) and the smallest
-widths that its family's rules allow: groups of 32, heads as the family has them. Loaded by the tests of many folders.
+Each has its model's levels, layers, places of attention and conditions, CLIP's whole vocabulary, and the smallest
+widths that its family's rules allow: groups of 32, heads as the family has them. `tiny` has smaller ones. Loaded by the
+tests of many folders.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
 import shutil
 import tempfile
@@ -121,14 +123,14 @@ def prediction(name: str) -> str:
     return "v" if name.endswith("-v") else "eps"
 
 
-def tiny_unet(name: str) -> UNet2DConditionModel:
+def unet(name: str) -> UNet2DConditionModel:
     config = UNETS[name]
     ups = [kind.replace("Down", "Up") for kind in reversed(config["down_block_types"])]
     torch.manual_seed(1)
     return random(UNet2DConditionModel(sample_size=8, up_block_types=tuple(ups), **config))
 
 
-def tiny_vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
+def vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
     torch.manual_seed(2)
     blocks: Any = {
         "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -138,7 +140,7 @@ def tiny_vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
     return random(AutoencoderKL(**blocks, layers_per_block=1, sample_size=16, scaling_factor=scaling_factor))
 
 
-def tiny_text(act: str, layers: int = 2, projection: bool = False) -> Any:
+def text(act: str, layers: int = 2, projection: bool = False) -> Any:
     width = WIDTH_2 if projection else WIDTH
     torch.manual_seed(3)
     config = CLIPTextConfig(
@@ -163,7 +165,7 @@ def random(network: Any) -> Any:
     return network.eval()
 
 
-def tiny_pipeline(name: str) -> DiffusionPipeline:
+def make(name: str) -> DiffusionPipeline:
     """A whole pipeline of a model of `UNETS`."""
     kind = family(name)
     scheduler = EulerDiscreteScheduler(
@@ -175,22 +177,22 @@ def tiny_pipeline(name: str) -> DiffusionPipeline:
         prediction_type={"v": "v_prediction", "eps": "epsilon"}[prediction(name)],
     )
     parts: dict[str, Any] = {
-        "unet": tiny_unet(name),
-        "vae": tiny_vae(0.13025 if kind.startswith("sdxl") else 0.18215),
+        "unet": unet(name),
+        "vae": vae(0.13025 if kind.startswith("sdxl") else 0.18215),
         "scheduler": scheduler,
     }
     if kind.startswith("sdxl"):
         first = kind == "sdxl"
         parts |= {
-            "text_encoder": tiny_text("quick_gelu") if first else None,
+            "text_encoder": text("quick_gelu") if first else None,
             "tokenizer": clip_tokenizer() if first else None,
-            "text_encoder_2": tiny_text("gelu", layers=3, projection=True),
+            "text_encoder_2": text("gelu", layers=3, projection=True),
             "tokenizer_2": clip_tokenizer("!"),
         }
         usual = "StableDiffusionXLPipeline"
     else:
         parts |= {
-            "text_encoder": tiny_text("quick_gelu" if kind == "sd1" else "gelu"),
+            "text_encoder": text("quick_gelu" if kind == "sd1" else "gelu"),
             "tokenizer": clip_tokenizer("!" if kind == "sd2" else "<|endoftext|>"),
             "safety_checker": None,
             "feature_extractor": None,
@@ -205,17 +207,15 @@ def tiny_pipeline(name: str) -> DiffusionPipeline:
 
 
 @functools.cache
-def tiny_folder(name: str) -> Path:
-    """The folder that diffusers writes of `tiny_pipeline(name)`: made once a process; not to be changed."""
+def saved(name: str) -> Path:
+    """The folder that diffusers writes of `make(name)`: made once a process; not to be changed."""
     folder = Path(_scratch()) / name
-    tiny_pipeline(name).save_pretrained(folder)
+    make(name).save_pretrained(folder)
     return folder
 
 
 @functools.cache
 def _scratch() -> str:
-    import atexit
-
     folder = tempfile.mkdtemp(prefix="latentgen-tiny-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

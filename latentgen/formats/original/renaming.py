@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from latentgen.formats.single_file.unet_names import (
+from latentgen.formats.original.unet_names import (
     Pairs,
     structure_of_diffusers,
     structure_of_original,
     unet_pairs,
 )
-from latentgen.formats.single_file.vae_names import (
+from latentgen.formats.original.vae_names import (
     POINTWISE,
     TINY_SIDES,
     vae_pairs,

@@ -1,0 +1,1 @@
+"""What the original programs call the parts of a model, and diffusers: tables that files of all kinds are read by."""
