@@ -26,6 +26,7 @@ train: {steps: 6, global_batch: 8, learning_rate: 1.0e-2, warmup_steps: 2, log_e
   validate_every: 3, ema_lengths: [0.1], ema_snapshots: 2, ema_precision: fp32}
 preview: {every: 3, num: 1, num_inference_steps: 1}
 """
+FEW = ("train.steps=2", "train.warmup_steps=1", "train.validate_every=0", "preview.every=2")
 CONTROL, INPAINTING = "{method: none, control: edge}", "{method: full, inpainting: true}"
 KINDS = {"control": CONTROL, "inpainting": INPAINTING}
 
@@ -177,7 +178,7 @@ def test_averages_of_other_lengths(kind, programs, tuned, model, tmp_path):
 
 def test_a_controlnet_for_sdxl(programs, model, scene, tmp_path):
     base = tiny.saved("sdxl", tmp_path / "sdxl")
-    done = programs("train", "--config", recipe(tmp_path, base, CONTROL), cwd=tmp_path)
+    done = programs("train", "--config", recipe(tmp_path, base, CONTROL), *FEW, cwd=tmp_path)
     assert done.code == 0, done.err
     control = tmp_path / "runs/tuned/control"
     words = ("--controlnet", control, "--control", scene / "picture.png", "--control-edges")
@@ -193,7 +194,7 @@ def test_an_inpainting_base_learns_on(programs, scene, tmp_path):
     """As it is, with or without a word in the recipe; and a ControlNet can be trained beside it."""
     base = tiny.saved("sd1-inpaint", tmp_path / "base")
     for name, finetune in (("plain", "null"), ("said", INPAINTING), ("beside", CONTROL)):
-        done = programs("train", "--config", recipe(tmp_path, base, finetune), f"name={name}", cwd=tmp_path)
+        done = programs("train", "--config", recipe(tmp_path, base, finetune), *FEW, f"name={name}", cwd=tmp_path)
         assert done.code == 0, done.err
     one, two = (tmp_path / f"runs/{name}/stages/unet" for name in ("plain", "said"))
     ours, theirs = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (one, two))
@@ -212,7 +213,7 @@ def test_second_pictures_of_a_folder(programs, model, tmp_path):
             Image.fromarray(levels).save(folder / f"{number:02d}{end}")
         (folder / f"{number:02d}.txt").write_text(f"a picture of number {number}")
     own = ["data.source=folder", f"data.path={folder}", "finetune.control=picture"]
-    command = ("train", "--config", recipe(tmp_path, model, CONTROL), *own)
+    command = ("train", "--config", recipe(tmp_path, model, CONTROL), *own, *FEW)
     done = programs(*command, cwd=tmp_path)
     assert done.code == 0, done.err
     run = tmp_path / "runs/tuned"
