@@ -141,8 +141,8 @@ def _require_multiple(vae: Vae, image: Tensor) -> None:
 def at_once(height: int, width: int) -> int:
     """How many pictures of so many pixels go through an autoencoder together: of 512 x 512 one.
 
-    Stable Diffusion's needs some 2 GiB for each such picture in float32, far more than anything else that is done
-    without gradients; and one of that size keeps a GPU busy.
+    Stable Diffusion's needs about a GiB for each such picture in float32, more than its U-Net for several of them; and
+    one of that size keeps a GPU busy.
     """
     return max(1, 512 * 512 // (height * width))
 
@@ -161,6 +161,12 @@ def encode_moments(vae: Vae, image: Tensor) -> tuple[Tensor, Tensor]:
         UserError: the picture's sides do not divide by the factor.
     """
     _require_multiple(vae, image)
+    parts = [_encode_raw(vae, part) for part in image.split(at_once(*image.shape[2:]))]
+    means, stds = zip(*parts, strict=True)
+    return torch.cat(means), torch.cat(stds)
+
+
+def _encode_raw(vae: Vae, image: Tensor) -> tuple[Tensor, Tensor]:
     posterior = vae.encode(image, return_dict=False)[0]
     if isinstance(posterior, Tensor):
         return posterior, torch.zeros_like(posterior)
@@ -185,7 +191,8 @@ def latents_of(vae: Vae, z: Tensor) -> Tensor:
 def decode(vae: Vae, latents: Tensor) -> Tensor:
     """Pictures [b, 3, h*f, w*f], about [-1, 1] and not clamped, from the latents [b, c, h, w] of diffusion."""
     shift, scale = _shift_and_scale(vae)
-    return _decode_raw(vae, latents / scale + shift)
+    together = at_once(*(factor(vae) * side for side in latents.shape[2:]))
+    return torch.cat([_decode_raw(vae, part / scale + shift) for part in latents.split(together)])
 
 
 def _decode_raw(vae: Vae, z: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from latentgen.diffusion.wrappers import masked
 from latentgen.formats.fitted_schedules import Fitted, find_fitted
 from latentgen.formats.model import Model
 from latentgen.formats.scheduler import usual_schedule
-from latentgen.models.autoencoder import at_once, decode, factor
+from latentgen.models.autoencoder import decode, factor
 from latentgen.pipelines.control import check_control, control_of
 from latentgen.pipelines.editing import check_edit, given, steps_left, strength_of
 from latentgen.pipelines.guiding import Wish, check_guidance, check_negative_prompt, guided, split_prompt, weak_model
@@ -141,10 +141,9 @@ def generate(
             batch = group[at : at + batch_size]
             latents = _latents(model, weak[batch[0].guidance], batch, on_step)
             _require_finite(latents, "the U-Net", model.unet.dtype)
-            for part in latents.split(at_once(batch[0].height, batch[0].width)):
-                pictures = decode(model.vae, part)
-                _require_finite(pictures, "the autoencoder", model.vae.dtype)
-                yield from to_pictures(pictures)
+            pictures = decode(model.vae, latents)
+            _require_finite(pictures, "the autoencoder", model.vae.dtype)
+            yield from to_pictures(pictures)
 
 
 def _require_finite(values: Tensor, network: str, dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -24,7 +24,7 @@ from latentgen.engine.guard import parts_of
 from latentgen.engine.muon import matrices_of
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import load_model
-from latentgen.models.autoencoder import at_once, decode, factor
+from latentgen.models.autoencoder import decode, encode_moments, factor
 from latentgen.models.clip import to_transformers
 from latentgen.models.context import Context
 from latentgen.models.text import Tower, encode_tokens, pooled_width, prompt_length, states_width, train_tokenizer
@@ -234,19 +234,27 @@ def _step(training: Training, setting: Setting, examples: int, checkpointing: bo
     for name, network in networks.items():
         network.train(name in training.trains)
     if checkpointing:
-        low = setting.dtype if "unet" in training.trains else None
-        again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), LikeCuda(low)))
-        model.unet.enable_gradient_checkpointing(again)
+        _checkpoint(training, setting.dtype)
     try:
         with LikeCuda(), Allocated() as seen:
             torch.autograd.backward(_loss(training, setting, examples))
         gradients = [p.grad for network in networks.values() for p in network.parameters()]
         return seen.history, seen.beside(grad for grad in gradients if grad is not None)
     finally:
-        model.unet.disable_gradient_checkpointing()
+        for each in filter(None, (model.unet, model.control)):
+            each.disable_gradient_checkpointing()
         for network in networks.values():
             network.zero_grad(set_to_none=True)
             network.eval()
+
+
+def _checkpoint(training: Training, dtype: torch.dtype | None) -> None:
+    """As `models.unet.checkpoint_activations`; what is computed again must be computed as the first time."""
+    for name, network in (("unet", training.model.unet), ("control", training.model.control)):
+        if network is not None:
+            like = partial(LikeCuda, dtype if name in training.trains else None)
+            again = partial(checkpoint, use_reentrant=False, context_fn=lambda like=like: (nullcontext(), like()))
+            network.enable_gradient_checkpointing(again)
 
 
 _empty = partial(torch.empty, device="meta")
@@ -259,20 +267,30 @@ def _loss(training: Training, setting: Setting, examples: int) -> Tensor:
         name: autocast(network, setting.dtype) if name in training.trains else network
         for name, network in model.networks().items()
     }
-    latents, channels = _latents(model, setting, examples)
-    control = None
-    if model.control is not None:
-        control = _empty(examples, 3, setting.resolution, setting.resolution)
+    shown = _shown(model, setting, examples)
     context = _context(training, networks, examples)
-    out = predict(networks, latents, _empty(examples), context, channels=channels, control=control)
+    out = predict(networks, shown.latents, _empty(examples), context, channels=shown.channels, control=shown.control)
     return out.float().square().mean()
 
 
-def _latents(model: Model, setting: Setting, examples: int) -> tuple[Tensor, Tensor | None]:
-    """Noisy latents, and the mask and surroundings that an inpainting network is also shown."""
-    side, own = setting.resolution // factor(model.vae), model.latent_channels
-    beside = model.unet.config["in_channels"] - own
-    return _empty(examples, own, side, side), _empty(examples, beside, side, side) if beside else None
+class _Shown(NamedTuple):
+    """What the U-Net is shown beside words."""
+
+    latents: Tensor
+    channels: Tensor | None
+    control: Tensor | None
+
+
+@torch.no_grad()
+def _shown(model: Model, setting: Setting, examples: int) -> _Shown:
+    """Noisy latents; for an inpainting network the mask and the surroundings, which are encoded each time."""
+    resolution, own = setting.resolution, model.latent_channels
+    side, channels = resolution // factor(model.vae), None
+    if model.inpaints:
+        mean, _ = encode_moments(model.vae, _empty(examples, 3, resolution, resolution))
+        channels = torch.cat([_empty(examples, 1, side, side), mean], dim=1)
+    control = None if model.control is None else _empty(examples, 3, resolution, resolution)
+    return _Shown(_empty(examples, own, side, side), channels, control)
 
 
 def _context(training: Training, networks: Mapping[str, Any], examples: int) -> Context:
@@ -303,16 +321,14 @@ def _drawing(training: Training, setting: Setting) -> int:
         for parameter in module.get_base_layer().parameters()
     )
     rows = pictures * (1 if preview.guidance_scale == 1 else 2)
-    few = min(pictures, at_once(setting.resolution, setting.resolution))
     plain = Training(model, (), {})
 
     def denoise() -> None:
-        latents, channels = _latents(model, setting, rows)
-        context = _context(plain, model.networks(), rows)
-        predict({"unet": model.unet}, latents, _empty(rows), context, channels=channels)
+        shown, context = _shown(model, setting, rows), _context(plain, model.networks(), rows)
+        predict(model.networks(), shown.latents, _empty(rows), context, channels=shown.channels, control=shown.control)
 
     def show() -> None:
-        decode(model.vae, _latents(model, setting, few)[0])
+        decode(model.vae, _shown(model, setting, pictures).latents)
 
     return max(2 * adapted, adapted + max(_peak(denoise), _peak(show)))
 

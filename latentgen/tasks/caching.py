@@ -21,7 +21,7 @@ from latentgen.data.cache import ArrayCache
 from latentgen.data.fetch import first_captions, to_tensor
 from latentgen.data.sources.base import Source
 from latentgen.formats.model import Model
-from latentgen.models.autoencoder import at_once, encode_moments, factor
+from latentgen.models.autoencoder import encode_moments, factor
 from latentgen.models.text import pooled_width, prompt_length, states_width, tokenize
 
 logger = logging.getLogger(__name__)
@@ -71,9 +71,8 @@ def cache_latents(model: Model, source: Source, folder: Path, *, flip: bool, sha
     def compute(rows: range) -> NDArray[np.float16]:
         image = to_tensor([source.image(row % n) for row in rows])
         mirrored = torch.tensor([row >= n for row in rows])
-        together = min(32, at_once(*image.shape[2:]))
         image[mirrored] = image[mirrored].flip(-1)
-        moments = [torch.stack(encode_moments(vae, part.to(vae.device)), dim=1).cpu() for part in image.split(together)]
+        moments = [torch.stack(encode_moments(vae, part.to(vae.device)), dim=1).cpu() for part in image.split(32)]
         values = torch.cat(moments).to(torch.float16)
         bad = (~values.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
         if bad:

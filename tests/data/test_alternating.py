@@ -74,6 +74,7 @@ def test_it_is_a_source(few: Callable) -> None:
         assert (source.image(index) == part.image(number)).all()
         assert source.captions(index) == part.captions(number)
         assert source.name(index) == part.name(number)
+        assert source.control(index) is None
         caption = part.captions(number)[0]
         assert source.contrasts(index, caption) == part.contrasts(number, caption)
     assert source.weights().tolist() == [1.0, 0.5] * 6
@@ -93,6 +94,7 @@ def test_made_pictures_are_known_before_they_are_there(tmp_path: Path) -> None:
     assert (source.image(1) == picture).all()
     assert source.captions(1) == ("a dog",)
     assert source.contrasts(1, "a dog") == ()
+    assert source.control(1) is None
     assert source.key() == key == MadePictures(Path("elsewhere/abc"), 3, ("a dog",), 8).key()
     changed = [
         ("abd", 3, ("a dog",), 8),

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-
 import pytest
 import tiny as families
 import torch
-from diffusers import ControlNetModel
 
 from latentgen.engine.footprint import storage_bytes
 from latentgen.engine.optim import build_optimizer
-from latentgen.formats.model_folder import load_model
 from latentgen.models.unet import count_parameters
-from latentgen.recipe.finetune import Training
 from latentgen.recipe.load import load_recipe
 from latentgen.recipe.memory import (
     GIB,
@@ -37,6 +31,7 @@ METHODS = {
     "lokr": "{method: lokr, rank: 4}",
     "loha": "{method: loha, rank: 4}",
     "lora + text": "{method: lora, rank: 4, text_encoders: true}",
+    "inpainting": "{method: full, inpainting: true}",
     "tokens": "{method: none, tokens: {<x>: {start: circle}}}",
 }
 
@@ -80,14 +75,13 @@ def test_other_families_are_counted(family: str, folders: dict[str, str]) -> Non
 
 
 def test_a_control_net_is_counted(folders: dict[str, str]) -> None:
-    model = load_model(Path(folders["sd1"]))
-    for network in model.networks().values():
-        network.to("meta").requires_grad_(False)
-    with torch.device("meta"):
-        control = ControlNetModel.from_unet(model.unet, "rgb", (16, 32, 64), load_weights_from_unet=False)
-    found = memory_of(Training(replace(model, control=control), ("control",), {}), Setting(32))[0]
-    assert found.trained == 4 * count_parameters(control)
-    assert found.weights["control"] == found.trained
+    recipe = recipe_of(folders["sd1"], "finetune={method: none, control: edge}")
+    training = training_on_meta(recipe)
+    plain, again = memory_of(training, Setting(32, preview=recipe.preview))
+    assert training.trains == ("control",)
+    assert training.model.control is not None
+    assert plain.trained == plain.weights["control"] == 4 * count_parameters(training.model.control)
+    assert again.further(8) < plain.further(8)
 
 
 def test_parts_add_up(folders: dict[str, str]) -> None:
