@@ -74,10 +74,11 @@ def test_it_is_a_source(few: Callable) -> None:
         assert (source.image(index) == part.image(number)).all()
         assert source.captions(index) == part.captions(number)
         assert source.name(index) == part.name(number)
-        assert source.control(index) is None
+        assert np.array_equal(source.control(index), part.control(number))
         caption = part.captions(number)[0]
         assert source.contrasts(index, caption) == part.contrasts(number, caption)
     assert source.weights().tolist() == [1.0, 0.5] * 6
+    assert source.is_beside().tolist() == [False, True] * 6
     keys = {source.key(), Alternating(beside, own).key(), Alternating(few(4), beside).key(), own.key()}
     assert len(keys) == 4
     assert Alternating(own, beside, 2.0).key() == source.key(), "latents are shared whatever they weigh"
