@@ -99,11 +99,22 @@ def test_two_processes_draw_and_train_what_one_does(mini, words, reference, meas
 
 
 def test_the_weight_counts(programs, mini, words, reference, weights, measured, tmp_path):
+    """Where something is to be learned of class pictures: at first nothing is, for they are predicted as before."""
     heavy = ("finetune.prior.weight=2",)
+    pictures = {}
+    for name, more in {"heavy": heavy, "light": ()}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        target = ("finetune.prior.target=picture", "train.steps=1")
+        done = programs("train", "--config", mini(folder), *words, *more, *target, cwd=folder)
+        assert done.code == 0, done.err
+        pictures[name] = measured(folder / "runs/dog")
     done = programs("train", "--config", mini(tmp_path), *words, *heavy, cwd=tmp_path)
     assert done.code == 0, done.err
-    light, heavy = measured(reference / "runs/dog"), measured(tmp_path / "runs/dog")
+    as_before = {"heavy": measured(tmp_path / "runs/dog"), "light": measured(reference / "runs/dog")}
     first = ("unet", "train", 1)
-    assert math.isclose(light[first]["error"], heavy[first]["error"], rel_tol=1e-6)
-    assert heavy[first]["loss"] > light[first]["loss"]
+    for each in (pictures, as_before):
+        assert math.isclose(each["light"][first]["error"], each["heavy"][first]["error"], rel_tol=1e-6)
+    assert pictures["heavy"][first]["loss"] > pictures["light"][first]["loss"] > as_before["light"][first]["loss"]
+    assert math.isclose(as_before["heavy"][first]["loss"], as_before["light"][first]["loss"], rel_tol=1e-6)
     assert weights(tmp_path / "runs/dog") != weights(reference / "runs/dog")
