@@ -98,6 +98,32 @@ def test_two_processes_draw_and_train_what_one_does(mini, words, reference, meas
             assert math.isclose(values["loss"], two[key]["loss"], rel_tol=1e-5)
 
 
+ADAPTERS = ("finetune.method=lora", "finetune.rank=4", "train.learning_rate=1e-2")
+
+
+@pytest.fixture(scope="module")
+def alone(programs, mini, words, measured, tmp_path_factory):
+    """Adapters trained by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = programs("train", "--config", mini(folder), *words, *ADAPTERS, cwd=folder)
+    assert done.code == 0, done.err
+    return measured(folder / "runs/dog")
+
+
+@pytest.mark.parametrize("kind", ["accelerate", "fsdp2"])
+def test_two_processes_switch_adapters_off_as_one_does(kind, mini, words, alone, measured, environment, tmp_path):
+    """To ask what was predicted before, beside wrappers that exchange gradients, or cut the networks."""
+    command = [*launch(kind), str(RECORDED), "--config", str(mini(tmp_path)), *words, *ADAPTERS, "train.processes=2"]
+    env = {**environment, "DRAWS_FOLDER": str(tmp_path / "draws")}
+    done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    both = measured(tmp_path / "runs/dog")
+    assert alone.keys() == both.keys()
+    for key, values in alone.items():
+        if key[1] == "train":
+            assert math.isclose(values["loss"], both[key]["loss"], rel_tol=1e-5)
+
+
 def test_the_weight_counts(programs, mini, words, reference, weights, measured, tmp_path):
     """Where something is to be learned of class pictures: at first nothing is, for they are predicted as before."""
     heavy = ("finetune.prior.weight=2",)
