@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,8 +18,10 @@ from latentgen.formats.control import with_control
 from latentgen.formats.model import Model
 from latentgen.formats.opening import Opened, open_model
 from latentgen.models.autoencoder import factor
-from latentgen.pipelines.generate import Request, generate, parameters_line
+from latentgen.pipelines.generate import Request, check, generate, parameters_line, remark
 from latentgen.pipelines.pictures import grid, save_png
+
+logger = logging.getLogger("latentgen.sample")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,6 +73,14 @@ def open_here(
     sha256 = file_sha256(min(controlnet.glob("*.safetensors")))
     about = {"controlnet": str(controlnet), "controlnet_sha256": sha256}
     return dataclasses.replace(opened, model=model, controlnet=about)
+
+
+def require_drawable(requests: Sequence[Request], model: Model) -> None:
+    """Raise UserError for the first request that the model cannot draw; warn, once, of what is ignored."""
+    for request in requests:
+        check(request, model)
+    for line in {remark(request, model) for request in requests} - {None}:
+        logger.warning("%s", line)
 
 
 def draw_to_folder(

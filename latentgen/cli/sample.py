@@ -114,10 +114,10 @@ def sample(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder for the pictures")
     folder = model or find_model(runs)
-    from latentgen.cli.drawing import default_side, draw_to_folder, open_here
+    from latentgen.cli.drawing import default_side, draw_to_folder, open_here, require_drawable
 
     opened = open_here(folder, device, dtype, loras=lora or [], words=embedding or [], controlnet=controlnet)
-    from latentgen.pipelines.generate import Request, check, remark, steps_of
+    from latentgen.pipelines.generate import Request, steps_of
 
     side = default_side(opened.model)
     requests = [
@@ -144,10 +144,7 @@ def sample(
         for prompt in wanted
         for number in range(num)
     ]
-    for request in requests:
-        check(request, opened.model)
-    for line in {remark(request, opened.model) for request in requests} - {None}:
-        logger.warning("%s", line)
+    require_drawable(requests, opened.model)
     with progress("drawing", "step", total=steps_of(requests)) as bar:
         paths = draw_to_folder(
             opened, requests, out, batch_size=batch_size, on_step=bar.update, columns=num if grid else 0

@@ -58,7 +58,7 @@ class Allocated(TorchDispatchMode):
         sizes = [0] * (len(self.history) + 1)
         for storage in {id(s): s for s in (tensor.untyped_storage() for tensor in tensors)}.values():
             sizes[self._known[storage] + 1] += storage.nbytes()
-        return [alive - gone for alive, gone in zip(self.history, accumulate(sizes), strict=False)]
+        return [alive - gone for alive, gone in zip(self.history, accumulate(sizes[:-1]), strict=True)]
 
     @property
     def peak(self) -> int:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -84,7 +85,7 @@ def processes_asked(
 
 def option(launcher: Sequence[str], name: str) -> str | None:
     """What the launcher's command line says after `--name`, with hyphens or underscores; None if nothing."""
-    for word, after in zip(launcher, [*launcher[1:], ""], strict=False):
+    for word, after in pairwise([*launcher, ""]):
         key, _, value = word.partition("=")
         if key.replace("-", "_") == f"__{name}":
             return value or after

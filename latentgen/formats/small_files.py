@@ -89,6 +89,11 @@ def _by_width(widths: set[int]) -> str | None:
 
 
 def controlnet_in(tensors: Mapping[str, Entry]) -> Found | None:
+    """A ControlNet (arXiv 2302.05543) in diffusers' names or its authors'; None where there is none.
+
+    Args:
+        tensors: name -> shape and type, as the file's header has them.
+    """
     if "controlnet_cond_embedding.conv_in.weight" in tensors:
         layout = "diffusers"
     elif any("input_hint_block." in name for name in tensors):

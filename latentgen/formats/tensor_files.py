@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError  # what torch.load raises; nothing here unpickles
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None 
 def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise UserError(
             f"{path} holds more than tensors, and opening it could run code: refused. Ask its author for safetensors, "
             "or convert it in a program that you trust, on a machine that you can lose"

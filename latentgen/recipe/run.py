@@ -400,7 +400,7 @@ class Run:
             values["sizes"] = np.tile(np.array(row, dtype=np.float32), (len(source), 1))
         if isinstance(source, Alternating):
             values["weight"] = source.weights()
-            if source.kept:
+            if keeps(self.recipe):
                 values["kept"] = source.is_beside()
         batches = CachedBatches(moments, texts, rows, self.recipe.diffusion.caption_dropout, values)
         return conditioned(self.recipe, model, source, batches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from dataclasses import replace
@@ -27,8 +26,6 @@ from new_shape import (
     outlined_example,
     write_pictures,
 )
-from PIL import Image
-from scipy import ndimage
 
 from latentgen.data.sources.folder import FolderSource
 from latentgen.data.sources.shapes import example
@@ -38,24 +35,7 @@ from latentgen.data.sources.shapes_render import coverage, render
 from latentgen.data.sources.shapes_scene import COLOURS, RADII, SHAPES, Item, Scene
 from latentgen.evals.shapes_detect import detect
 from latentgen.evals.shapes_score import judge, stands
-
-
-def blur(image, _):
-    return np.rint(ndimage.gaussian_filter(image.astype(np.float32), (1.0, 1.0, 0.0))).astype(np.uint8)
-
-
-def jpeg(image, _):
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=85)
-    return np.asarray(Image.open(buffer))
-
-
-def noise(image, rng):
-    noisy = image + rng.normal(0.0, 255 * 10**-1.5, image.shape)
-    return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
-
-
-DAMAGES = {"clean": lambda image, _: image, "blur": blur, "jpeg": jpeg, "noise": noise}
+from tests.damages import DAMAGES
 
 
 def scene_for(requirement: Requirement, number: int) -> Scene:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import ndimage
 
 from latentgen.core.errors import UserError
 from latentgen.data.sources.shapes import example
@@ -17,24 +15,7 @@ from latentgen.data.sources.shapes_render import render
 from latentgen.data.sources.shapes_scene import Item, Scene
 from latentgen.evals.shapes_detect import detect
 from latentgen.evals.shapes_score import judge, score
-
-
-def _blur(image, _):
-    return np.rint(ndimage.gaussian_filter(image.astype(np.float32), (1.0, 1.0, 0.0))).astype(np.uint8)
-
-
-def _jpeg(image, _):
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=85)
-    return np.asarray(Image.open(buffer))
-
-
-def _noise(image, rng):
-    noisy = image + rng.normal(0.0, 255 * 10**-1.5, image.shape)
-    return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
-
-
-DAMAGES = {"clean": lambda image, _: image, "blur": _blur, "jpeg": _jpeg, "noise": _noise}
+from tests.damages import DAMAGES
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

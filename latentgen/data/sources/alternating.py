@@ -20,19 +20,17 @@ class Alternating:
 
     Args:
         weight: what an example of `beside` counts in the loss; one of `own` counts 1.
-        kept: whether examples of `beside` are to be predicted as the model predicted them before training.
     """
 
     own: Source
     beside: Source
     weight: float = 1.0
-    kept: bool = False
 
     def __len__(self) -> int:
         return length(len(self.own), len(self.beside))
 
     def key(self) -> str:
-        """Of the pictures and captions; neither the weight nor what is kept is of them."""
+        """Of the pictures and captions; the weight is none of them."""
         return content_key("alternating", self.own.key(), self.beside.key())
 
     def _at(self, index: int) -> tuple[Source, int]:

@@ -121,7 +121,7 @@ def _count(names: Iterable[str], start: str) -> int:
 
 def _whole(down: list[list[int]], up: list[list[int]], mid: int | None) -> Structure:
     fitting = len(down) == len(up) and all(
-        level and len(back) == len(level) + 1 for level, back in zip(down, reversed(up), strict=False)
+        level and len(back) == len(level) + 1 for level, back in zip(down, reversed(up), strict=True)
     )
     if not fitting:
         raise UserError(
