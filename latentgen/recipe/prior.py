@@ -50,7 +50,7 @@ def with_prior(recipe: Recipe, source: Source, weights: Mapping[str, str]) -> So
     prior = recipe.finetune.prior if recipe.finetune is not None else None
     if prior is None:
         return source
-    return Alternating(source, _of_class(recipe, weights), prior.weight, prior.target == "prediction")
+    return Alternating(source, _of_class(recipe, weights), prior.weight)
 
 
 def keeps(recipe: Recipe) -> bool:
