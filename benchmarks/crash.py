@@ -46,6 +46,7 @@ from torch import Tensor, nn
 
 from latentgen.core.rand import Draw
 from latentgen.data.loader import Cut, Loader
+from latentgen.data.order import Shuffled
 from latentgen.engine import saver
 from latentgen.engine.checkpoint import Checkpoint, load_newest, name_of, steps_in, tidy
 from latentgen.engine.loop import Loop
@@ -121,7 +122,7 @@ BEGUN, DONE, SAVED = range(3)
 
 def make_loop(folder: Path, steps: int, keep_last: int) -> Loop:
     paths = StagePaths(folder / "c", folder / "s", folder / "m.jsonl", folder / "tb")
-    loader = Loader(fetch, 64, 0, "toy", Cut(BATCH), steps)
+    loader = Loader(fetch, Shuffled(64), 0, "toy", Cut(BATCH), steps)
     settings = replace(SETTINGS, steps=steps, keep_last=keep_last)
     return Loop(Toy(), loader, settings, Accelerator(cpu=True), paths)
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from latentgen.core.files import write_text
 from latentgen.core.rand import Draw
 from latentgen.data.loader import Loader
+from latentgen.data.order import Shuffled
 from latentgen.engine import ema
 from latentgen.engine import step as stepping
 from latentgen.engine.guard import Guard, lerp_unless
@@ -78,7 +79,7 @@ def unet_stage(folder: Path, accelerator: Accelerator) -> Loop:
         dtype=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
     )
     settings = build.loop_settings(recipe, "unet")
-    loader = Loader(fetch, 1000, 0, "unet", build.cut(recipe, "unet"), settings.steps)
+    loader = Loader(fetch, Shuffled(1000), 0, "unet", build.cut(recipe, "unet"), settings.steps)
     paths = StagePaths(folder / "c", folder / "s", folder / "m.jsonl", folder / "tb", folder / "e")
     return Loop(task, loader, settings, accelerator, paths)
 

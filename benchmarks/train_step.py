@@ -36,7 +36,7 @@ from train_step_ours import SAVE
 
 from latentgen.core.files import file_sha256, write_json, write_text
 from latentgen.core.rand import Draw
-from latentgen.data.order import examples_at
+from latentgen.data.order import Shuffled
 from latentgen.data.sources.shapes import ShapesSource
 from latentgen.formats.model_folder import load_model, save_model
 from latentgen.models.text import prompt_length, states_width
@@ -178,7 +178,7 @@ def write_draws(file: Path, work: Work, latent: tuple[int, ...], pictures: int) 
     table: dict[str, list[torch.Tensor]] = {"order": [], "noise": [], "posterior": [], "time": []}
     for step in range(work.steps):
         first, rows = step * work.batch, range(work.batch)
-        indices = examples_at(range(first, first + work.batch), pictures, 0, "unet")
+        indices = Shuffled(pictures).at(range(first, first + work.batch), 0, "unet")
         draw = Draw(0, "unet", step, work.batch, rows, indices)
         u = (draw.permutation("stratum") + draw.uniform("level")) / work.batch
         table["order"].append(torch.tensor(indices))

@@ -17,8 +17,10 @@ from train_step_pace import Pace
 
 from latentgen.core.allocator import keep_memory
 from latentgen.core.rand import Draw
+from latentgen.data.captions import CachedWords
 from latentgen.data.fetch import CachedBatches, to_tensor
 from latentgen.data.loader import Cut, Loader
+from latentgen.data.order import Shuffled
 from latentgen.data.sources.base import Source
 from latentgen.data.sources.folder import FolderSource
 from latentgen.diffusion.parameterization import V
@@ -134,7 +136,7 @@ def fetcher(model: Model, source: Source, caches: Path | None) -> Callable[[Draw
         return Uncached(model, source)
     moments = cache_latents(model, source, caches, flip=False, share=Share())
     texts = cache_text(model, source, caches, captions=1, share=Share())
-    return CachedBatches(moments, texts.parts(), texts.rows, 0.0)
+    return CachedBatches(moments, CachedWords(texts.parts(), texts.rows, 0.0), len(source))
 
 
 def main() -> None:
@@ -182,7 +184,7 @@ def main() -> None:
         if pace.count % pace.turn == 0:  # what was before the first turn does not count either
             parts.seconds.clear()
 
-    loader = Loader(fetch, len(source), 0, task.name, Cut(options.batch), options.steps)
+    loader = Loader(fetch, Shuffled(len(source)), 0, task.name, Cut(options.batch), options.steps)
     settings = LoopSettings(
         steps=options.steps, optimizer="adamw", learning_rate=1e-4, schedule="constant", warmup_steps=0,
         final_learning_rate=0.0, weight_decay=0.0, beta1=0.9, beta2=0.999, grad_clip=1.0, ema_decay=0.9999,

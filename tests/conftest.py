@@ -13,6 +13,8 @@ from hypothesis import settings
 from numpy.typing import NDArray
 
 from latentgen.core.rand import Draw
+from latentgen.data.order import Order, Shuffled
+from latentgen.data.sources.base import CENTRE, Frame, Place, Shape
 from latentgen.diffusion.noise_tables import NoiseTable
 from latentgen.formats.model import Model
 from latentgen.models.autoencoder import build_autoencoder
@@ -49,14 +51,32 @@ class FewPictures:
     def name(self, index: int) -> str:
         return f"picture {index}"
 
-    def image(self, index: int) -> NDArray[np.uint8]:
+    def digest(self, index: int) -> str:
+        return f"few-{self.seed}-{index}-{self.side}"
+
+    def picture_key(self, index: int) -> str:
+        return self.digest(index)
+
+    def shape(self, index: int) -> Shape:
+        return self.side, self.side
+
+    def frame(self, index: int, at: Place = CENTRE) -> Frame:
+        return Frame((self.side, self.side), (0, 0))
+
+    def mask(self, index: int, at: Place = CENTRE) -> NDArray[np.uint8] | None:
+        return None
+
+    def order(self, batch: int) -> Order:
+        return Shuffled(self.count)
+
+    def image(self, index: int, at: Place = CENTRE) -> NDArray[np.uint8]:
         coarse = np.random.default_rng([self.seed, index]).integers(0, 256, (4, 4, 3), dtype=np.uint8)
         return np.kron(coarse, np.ones((self.side // 4, self.side // 4, 1), dtype=np.uint8))
 
     def captions(self, index: int) -> tuple[str, ...]:
         return tuple(f"picture {index} {word}" for word in ("one", "two", "three")[: 1 + index % 3])
 
-    def control(self, index: int) -> NDArray[np.uint8]:
+    def control(self, index: int, at: Place = CENTRE) -> NDArray[np.uint8]:
         return 255 - self.image(index)
 
     def contrasts(self, index: int, caption: str) -> tuple[tuple[str, ...], ...]:

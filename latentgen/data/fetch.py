@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latentgen.core.rand import Draw
+from latentgen.data.captions import Words, as_tensor, first_captions
 from latentgen.data.masks import draw_masks
 from latentgen.data.sources.base import Source
 
@@ -25,11 +26,6 @@ def to_tensor(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
 def to_unit(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
     """Pictures `[h, w, 3]` in 0 .. 255 to `[b, 3, h, w]` float32 in [0, 1]."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(torch.float32) / 255
-
-
-def first_captions(source: Source, index: int, limit: int | None) -> tuple[str, ...]:
-    """The captions that training may show for one example."""
-    return source.captions(index)[:limit]
 
 
 @dataclass(frozen=True)
@@ -106,9 +102,8 @@ class CachedBatches:
 
     Args:
         moments: [variants * n, 2, c, h, w] mean and standard deviation of the raw latents; variant 1 is mirrored.
-        texts: by name what there is of m texts, [m, ...] each; row 0 is of the empty caption.
-        rows: for each example, the rows of `texts` that describe it.
-        dropout: share of captions replaced by the empty one.
+        words: what the network reads of the captions of a draw.
+        examples: n.
         values: by name what else there is of the examples, [n, ...], or [variants * n, ...] where mirroring changes it.
         pictures: [h, w, 3] of every example, where pixels are needed as well.
         masks: also draw what of the pictures is to be drawn anew.
@@ -116,32 +111,27 @@ class CachedBatches:
     """
 
     moments: NDArray[np.float16]
-    texts: Mapping[str, NDArray]
-    rows: Sequence[tuple[int, ...]]
-    dropout: float
+    words: Words
+    examples: int
     values: Mapping[str, NDArray] = field(default_factory=dict)
     pictures: Source | None = None
     masks: bool = False
     controls: Callable[[int], NDArray[np.uint8]] | None = None
 
     def __call__(self, draw: Draw) -> dict[str, Tensor]:
-        """`mean` and `std` [b, c, h, w] of raw latents, and [b, ...] all that `texts` and `values` name; `image`
+        """`mean` and `std` [b, c, h, w] of raw latents, and [b, ...] all that `words` and `values` name; `image`
         [b, 3, H, W] in [-1, 1] where there are `pictures`, `mask` [b, 1, H, W] of them, 1 where to draw anew; `control`
         [b, 3, H, W] in [0, 1]."""
         plain = torch.tensor(draw.indices)
-        examples = len(self.rows)
+        examples = self.examples
         mirrored = torch.zeros(len(plain), dtype=torch.bool)
         if len(self.moments) > examples:
             mirrored = draw.uniform("flip") < 0.5
         at = plain + examples * mirrored
-        moments = _tensor(self.moments[at.numpy()])
-        choice, drop = draw.uniform("caption").tolist(), (draw.uniform("dropout") < self.dropout).tolist()
-        options = (self.rows[index] for index in draw.indices)
-        rows = [0 if d else o[int(c * len(o))] for o, c, d in zip(options, choice, drop, strict=True)]
-        batch = {"mean": moments[:, 0], "std": moments[:, 1]}
-        batch |= {name: _tensor(table[rows]) for name, table in self.texts.items()}
+        moments = as_tensor(self.moments[at.numpy()])
+        batch = {"mean": moments[:, 0], "std": moments[:, 1], **self.words(draw)}
         batch |= {
-            name: _tensor(value[(at if len(value) > examples else plain).numpy()])
+            name: as_tensor(value[(at if len(value) > examples else plain).numpy()])
             for name, value in self.values.items()
         }
         if self.pictures is not None:
@@ -155,8 +145,3 @@ class CachedBatches:
             control[mirrored] = control[mirrored].flip(-1)
             batch["control"] = control
         return batch
-
-
-def _tensor(values: NDArray) -> Tensor:
-    """Floating numbers as float32; whole ones and truth values as they are."""
-    return torch.from_numpy(np.array(values, dtype=np.float32 if values.dtype.kind == "f" else None))

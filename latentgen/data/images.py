@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile
 
-from latentgen.core.errors import UserError
 from latentgen.data.modes import to_rgb
 from latentgen.data.quiet import quiet_pillow
 
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 
 MAX_PIXELS = 120_000_000
 MAX_BYTES = 1 << 30
-CROPS = ("center", "stretch")
+WHITE = (255, 255, 255)
 # Formats that Pillow opens but that are no pictures of pixels, or that start another program (Ghostscript).
 REFUSED = frozenset({"EPS", "WMF", "HDF5", "GRIB", "BUFR", "MPEG"})
 _TURNS = {  # EXIF 2.32, tag 0x0112
@@ -44,19 +43,52 @@ class BadPicture(Exception):
     """A file that gives no whole picture; the text is the reason, without the file's name."""
 
 
-def decode(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, short_side: int | None = None) -> Image.Image:
+def decode(
+    source: str | Path | bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    short_side: int | None = None,
+    background: tuple[int, int, int] = WHITE,
+) -> Image.Image:
     """The picture in a file (or in its bytes) as a Pillow image of mode RGB, 8 bits, sRGB, upright.
 
     Args:
         source: path or content of the file.
         max_pixels: a header that promises more pixels is refused before anything is decoded (decompression bombs).
         short_side: the side wanted later; a JPEG may then be decoded at 1/2, 1/4 or 1/8, never below twice this.
+        background: what lies behind transparent pixels.
 
     What libjpeg mends without a word in the middle of a JPEG (stripes of wrong colour) cannot be noticed here.
 
     Raises:
         BadPicture: not a picture, damaged, truncated (a part is never returned), too large, or missing.
     """
+    return _decoded(source, max_pixels, short_side, background)[0]
+
+
+def transparency(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image | None:
+    """How opaque each pixel of a picture is, mode L, upright, 255 where it hides what lies behind; None where all are.
+
+    Raises:
+        BadPicture: as `decode`.
+    """
+    return _decoded(source, max_pixels, None, WHITE)[1]
+
+
+def read_file(path: Path) -> bytes:
+    """Content of a picture file. Raises `BadPicture` if it cannot be read or is larger than `MAX_BYTES`."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise BadPicture(f"the file is larger than {MAX_BYTES >> 20} MiB")
+        return path.read_bytes()
+    except OSError as error:
+        raise BadPicture(f"the file cannot be read: {error.strerror or error}") from error
+
+
+def _decoded(
+    source: str | Path | bytes, max_pixels: int, short_side: int | None, background: tuple[int, int, int]
+) -> tuple[Image.Image, Image.Image | None]:
+    """The picture, and its transparency if it has any."""
     content = source if isinstance(source, bytes) else read_file(Path(source))
     if not content:
         raise BadPicture("the file is empty (0 bytes)")
@@ -71,45 +103,15 @@ def decode(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, short_si
             if image.format == "JPEG" and "progressive" not in image.info and _ends_in_grey(image):
                 _check_whole(image, content, short_side)
             if not messages:
-                image = to_rgb(image, layout)
-                return image if turn is None else image.transpose(turn)
+                found, alpha = to_rgb(image, layout, background)
+                if turn is None:
+                    return found, alpha
+                return found.transpose(turn), None if alpha is None else alpha.transpose(turn)
         except BadPicture:
             raise
         except Exception as error:  # Pillow's plugins raise nearly every type of exception on a hostile file
             raise BadPicture(_reason(error, content)) from error
     raise BadPicture(f"damaged data (libtiff: {messages[0]})")
-
-
-def fit(image: Image.Image, resolution: int, crop: str = "center") -> np.ndarray:
-    """An RGB image as an array uint8 [resolution, resolution, 3], by Lanczos resampling (Pillow's, antialiased).
-
-    Args:
-        image: mode RGB, any size.
-        resolution: side in pixels; an image that has it already keeps its pixels exactly.
-        crop: "center" keeps the middle square, "stretch" the whole picture at another aspect ratio.
-    """
-    if crop not in CROPS:
-        raise UserError(f"data.crop: '{crop}' is unknown; choose one of {', '.join(CROPS)}")
-    box = (0, 0, image.width, image.height)
-    if crop == "center":
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-    if (box[2] - box[0], box[3] - box[1]) == (resolution, resolution):
-        return np.array(image.crop(box), dtype=np.uint8)
-    # Resampling only inside the box: a 3 x 4000 picture is not blown up before its middle is cut out.
-    image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
-    return np.array(image, dtype=np.uint8)
-
-
-def read_file(path: Path) -> bytes:
-    """Content of a picture file. Raises `BadPicture` if it cannot be read or is larger than `MAX_BYTES`."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise BadPicture(f"the file is larger than {MAX_BYTES >> 20} MiB")
-        return path.read_bytes()
-    except OSError as error:
-        raise BadPicture(f"the file cannot be read: {error.strerror or error}") from error
 
 
 def _check_header(image: Image.Image, max_pixels: int) -> None:

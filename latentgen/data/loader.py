@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from latentgen.core.errors import UserError
 from latentgen.core.rand import Draw
-from latentgen.data.order import examples_at
+from latentgen.data.order import Order
 
 Batch = dict[str, Any]
 
@@ -56,16 +56,10 @@ class _MicroBatches(Dataset[tuple[Draw, Batch]]):
     """Item k is micro-batch k % per_step of step k // per_step."""
 
     def __init__(
-        self, fetch: Callable[[Draw], Batch], examples: int, seed: int, stage: str, cut: Cut, steps: int
+        self, fetch: Callable[[Draw], Batch], order: Order, seed: int, stage: str, cut: Cut, steps: int
     ) -> None:
-        self.fetch, self.examples, self.seed, self.stage, self.cut, self.steps = (
-            fetch,
-            examples,
-            seed,
-            stage,
-            cut,
-            steps,
-        )
+        self.fetch, self.order, self.seed, self.stage = fetch, order, seed, stage
+        self.cut, self.steps = cut, steps
         self.rows = cut.rows()
 
     def __len__(self) -> int:
@@ -74,7 +68,7 @@ class _MicroBatches(Dataset[tuple[Draw, Batch]]):
     def draw(self, item: int) -> Draw:
         step, part = divmod(item, len(self.rows))
         rows, first = self.rows[part], step * self.cut.global_batch
-        indices = examples_at(range(first + rows.start, first + rows.stop), self.examples, self.seed, self.stage)
+        indices = self.order.at(range(first + rows.start, first + rows.stop), self.seed, self.stage)
         return Draw(self.seed, self.stage, step, self.cut.global_batch, rows, indices)
 
     def __getitem__(self, item: int) -> tuple[Draw, Batch | UserError]:
@@ -103,12 +97,12 @@ class Loader:
     Args:
         fetch: makes the batch of one `Draw` (whose `indices` name the examples); a pure function, picklable
             when `workers` > 0.
-        examples: number of examples there are.
+        order: which examples stand where in the run, a `Source.order` of the cut's global batch.
         workers: processes that run `fetch` ahead of time.
     """
 
     fetch: Callable[[Draw], Batch]
-    examples: int
+    order: Order
     seed: int
     stage: str
     cut: Cut
@@ -117,7 +111,7 @@ class Loader:
 
     def iterate(self, start: int) -> Iterator[tuple[int, list[tuple[Draw, Batch]]]]:
         """Yield (step, micro-batches) from step `start` to the last."""
-        items = _MicroBatches(self.fetch, self.examples, self.seed, self.stage, self.cut, self.steps)
+        items = _MicroBatches(self.fetch, self.order, self.seed, self.stage, self.cut, self.steps)
         parts = len(items.rows)
         loader = DataLoader(
             items,

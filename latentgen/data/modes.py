@@ -1,9 +1,9 @@
-"""Every colour mode that Pillow knows -> 8-bit sRGB on white.
+"""Every colour mode that Pillow knows -> 8-bit sRGB on a background.
 
 What becomes of each Pillow mode:
 
     1, L, P, RGB          as they are; a palette is looked up; the first frame of an animation
-    RGBA LA PA RGBa La    laid on white; so are palettes with transparent entries and PNG colour keys (tRNS)
+    RGBA LA PA RGBa La    laid on the background; so are palettes with transparent entries and PNG colour keys (tRNS)
     CMYK                  by its ICC profile, else (1 - c)(1 - k); JPEGs by Adobe's convention (stored inverted)
     YCbCr LAB HSV         Pillow's own conversion
     I;16 (any order)      value * 255 / 65535, or / (2^bits - 1) when a TIFF says how many bits it uses
@@ -29,8 +29,8 @@ _GREY_STEP = {"L;2": 85, "L;4": 17}
 _LATTICE = (0, 1, 3, 6, 10, 15, 22, 32, 48, 64, 96, 128, 160, 192, 224, 255)
 
 
-def to_rgb(image: Image.Image, layout: str) -> Image.Image:
-    """Any Pillow mode -> RGB on white, in sRGB."""
+def to_rgb(image: Image.Image, layout: str, background: tuple[int, int, int]) -> tuple[Image.Image, Image.Image | None]:
+    """Any Pillow mode -> RGB on a background, in sRGB; and how opaque it was (mode L), None where all of it."""
     profile = image.info.get("icc_profile")
     alpha: Image.Image | None = None
     if image.mode.startswith(("I", "F")):
@@ -42,10 +42,10 @@ def to_rgb(image: Image.Image, layout: str) -> Image.Image:
     image = _to_srgb(image, profile) if isinstance(profile, bytes) and profile else image
     image = image if image.mode == "RGB" else image.convert("RGB")
     if alpha is None or alpha.getextrema() == (255, 255):
-        return image
-    ground = Image.new("RGB", image.size, (255, 255, 255))
+        return image, None
+    ground = Image.new("RGB", image.size, background)
     ground.paste(image, mask=alpha)
-    return ground
+    return ground, alpha
 
 
 def _split_alpha(image: Image.Image, layout: str) -> tuple[Image.Image, Image.Image]:

@@ -1,11 +1,16 @@
-"""Position in the run -> example number: a stateless shuffle.
+"""Position in the run -> example number: stateless orders.
 
-Epoch e visits every example once, in the order of a keyed permutation of 0 .. n-1. The permutation is computed, not
-stored: a four-round Feistel network over the next power of four, walked until it lands below n (cycle walking).
-So it needs no memory, and a run resumes at any position without replaying.
+Every order is a pure function of the seed, the stage and the position in the global batch's endless sequence: nothing
+is remembered, so a run resumes at any position without replaying, and any number of processes and workers that share
+the positions see the same examples. Epochs shuffle by keyed permutations that are computed, not stored.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +18,16 @@ from numpy.typing import NDArray
 from latentgen.core.rand import seed_of
 
 _ROUNDS = 4
+_KEPT = 8
+"""Windows whose members are remembered."""
+
+
+class Order(Protocol):
+    """What stands where in an endless run."""
+
+    def at(self, positions: range, seed: int, stage: str) -> tuple[int, ...]:
+        """Example numbers at `positions`, counted from the start of the run over the global batch."""
+        ...
 
 
 def _mix(x: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
@@ -24,7 +39,11 @@ def _mix(x: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
 
 
 def permute(values: NDArray[np.int64], n: int, *key: int | str) -> NDArray[np.int64]:
-    """Images of `values` (each in 0 .. n-1) under the permutation of 0 .. n-1 named by `key`."""
+    """Images of `values` (each in 0 .. n-1) under the permutation of 0 .. n-1 named by `key`.
+
+    A four-round Feistel network over the next power of four, walked until it lands below n (cycle walking): no memory,
+    at any n.
+    """
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     half, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     keys = [seed_of(*key, round_) for round_ in range(_ROUNDS)]
@@ -39,16 +58,172 @@ def permute(values: NDArray[np.int64], n: int, *key: int | str) -> NDArray[np.in
     return result.astype(np.int64)
 
 
-def examples_at(positions: range, n: int, seed: int, stage: str) -> tuple[int, ...]:
-    """Which example stands at each of `positions` of an endless run over n examples.
+def _one(value: int, n: int, *key: int | str) -> int:
+    return int(permute(np.array([value]), n, *key)[0])
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Every epoch is its own permutation of n examples."""
+
+    n: int
+
+    def at(self, positions: range, seed: int, stage: str) -> tuple[int, ...]:
+        at = np.arange(positions.start, positions.stop, dtype=np.int64)
+        result = np.empty_like(at)
+        for epoch in np.unique(at // self.n):
+            here = at // self.n == epoch
+            result[here] = permute(at[here] % self.n, self.n, seed, stage, "order", int(epoch))
+        return tuple(int(i) for i in result)
+
+
+@dataclass(frozen=True)
+class Windowed:
+    """Examples that lie in groups (shards, row groups) which are cheap to read together: groups are shuffled, and
+    examples within a window of `window` groups. Only a window's groups have to be at hand at a time.
 
     Args:
-        positions: half-open range counted from the start of the run, over the global batch.
-        n: number of examples; each epoch is its own permutation of them.
+        groups: number of examples in each group; their numbers follow each other.
+        window: groups shuffled together.
     """
-    at = np.arange(positions.start, positions.stop, dtype=np.int64)
-    result = np.empty_like(at)
-    for epoch in np.unique(at // n):
-        here = at // n == epoch
-        result[here] = permute(at[here] % n, n, seed, stage, "order", int(epoch))
-    return tuple(int(i) for i in result)
+
+    groups: tuple[int, ...]
+    window: int = 4
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        return np.concatenate([[0], np.cumsum(self.groups)]).astype(np.int64)
+
+    def at(self, positions: range, seed: int, stage: str) -> tuple[int, ...]:
+        n = int(self._starts[-1])
+        result: list[int] = []
+        at = positions.start
+        while at < positions.stop:
+            epoch, inside = divmod(at, n)
+            members, ends = _windows(self, seed, stage, epoch)
+            number = int(np.searchsorted(ends, inside, side="right"))
+            first = int(ends[number - 1]) if number else 0
+            stop = min(int(ends[number]), inside + positions.stop - at)
+            size = int(ends[number]) - first
+            places = permute(np.arange(inside - first, stop - first), size, seed, stage, "window", epoch, number)
+            result += self.numbers(members[number], places)
+            at += stop - inside
+        return tuple(result)
+
+    def numbers(self, groups: NDArray[np.int64], places: NDArray[np.int64]) -> list[int]:
+        """Example numbers of the `places` in a window of these groups, one after the other."""
+        sizes = np.asarray(self.groups)[groups]
+        ends = np.cumsum(sizes)
+        group = np.searchsorted(ends, places, side="right")
+        return (self._starts[groups[group]] + places - (ends - sizes)[group]).tolist()
+
+    def window_at(self, position: int, seed: int, stage: str) -> tuple[int, tuple[int, ...]]:
+        """The number of the window, counted from the start of the run, in which a position lies, and its groups."""
+        epoch, inside = divmod(position, int(self._starts[-1]))
+        members, ends = _windows(self, seed, stage, epoch)
+        number = int(np.searchsorted(ends, inside, side="right"))
+        return epoch * len(members) + number, tuple(int(group) for group in members[number])
+
+
+@lru_cache(maxsize=_KEPT)
+def _windows(order: Windowed, seed: int, stage: str, epoch: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+    """The groups of each window of an epoch, and after how many examples each ends."""
+    count = len(order.groups)
+    shuffled = permute(np.arange(count), count, seed, stage, "groups", epoch)
+    members = [shuffled[at : at + order.window] for at in range(0, count, order.window)]
+    sizes = np.asarray(order.groups)
+    whole = [int(sizes[groups].sum()) for groups in members]
+    kept = [(groups, size) for groups, size in zip(members, whole, strict=True) if size]
+    return [groups for groups, _ in kept], np.cumsum([size for _, size in kept])
+
+
+class ByShape:
+    """Whole global batches of one shape each; batches of all shapes are shuffled together.
+
+    An epoch shows every example: where the examples of a shape do not fill its last batch, it is filled with others of
+    them, each epoch with other ones (with the same ones again where there are fewer than a batch).
+
+    Args:
+        shapes: `[n]` a number for each example's shape.
+        batch: examples of a global batch; `at` takes positions counted in these.
+        examples: `[n]` what to hand out for each; None is its own number.
+    """
+
+    def __init__(self, shapes: Sequence[int] | NDArray, batch: int, examples: NDArray[np.int64] | None = None) -> None:
+        self.batch = batch
+        numbers = np.asarray(shapes)
+        self._members = [np.flatnonzero(numbers == shape) for shape in np.unique(numbers)]
+        self._batches = np.cumsum([-(-len(members) // batch) for members in self._members])
+        self._examples = examples
+
+    @property
+    def batches(self) -> int:
+        """Global batches in an epoch."""
+        return int(self._batches[-1])
+
+    def at(self, positions: range, seed: int, stage: str) -> tuple[int, ...]:
+        result: list[NDArray[np.int64]] = []
+        at = positions.start
+        while at < positions.stop:
+            number, inside = divmod(at, self.batch)
+            stop = min(self.batch, inside + positions.stop - at)
+            result.append(self._rows(number, np.arange(inside, stop), seed, stage))
+            at += stop - inside
+        found = np.concatenate(result) if result else np.empty(0, dtype=np.int64)
+        if self._examples is not None:
+            found = self._examples[found]
+        return tuple(int(i) for i in found)
+
+    def _rows(self, number: int, rows: NDArray[np.int64], seed: int, stage: str) -> NDArray[np.int64]:
+        """These rows of global batch `number`."""
+        epoch, number = divmod(number, self.batches)
+        number = _one(number, self.batches, seed, stage, "batches", epoch)
+        shape = int(np.searchsorted(self._batches, number, side="right"))
+        members = self._members[shape]
+        first = number - (int(self._batches[shape - 1]) if shape else 0)
+        # Past the last one the same permutation begins again: none stands twice in a batch that they can fill.
+        slots = (first * self.batch + rows) % len(members)
+        return members[permute(slots, len(members), seed, stage, "shape", shape, epoch)]
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Several orders at once, each with an exact share of every epoch; each goes on through epochs of its own.
+
+    The parts take turns as evenly as whole numbers allow: of any stretch of the sequence each has its share, give or
+    take fewer examples than there are parts.
+
+    Args:
+        orders: of the parts.
+        counts: examples of each in an epoch, all at least 1.
+        offsets: what is added to each part's numbers.
+    """
+
+    orders: tuple[Order, ...]
+    counts: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    def at(self, positions: range, seed: int, stage: str) -> tuple[int, ...]:
+        result = np.empty(len(positions), dtype=np.int64)
+        here = np.arange(len(positions))  # where in the result
+        left = np.arange(positions.start, positions.stop, dtype=np.int64)  # positions among the parts that are left
+        total = sum(self.counts)
+        for part, (order, count, offset) in enumerate(zip(self.orders, self.counts, self.offsets, strict=True)):
+            before = left // total * count + left % total * count // total  # of this part, before each position
+            after = (left + 1) // total * count + (left + 1) % total * count // total
+            mine = after > before
+            if mine.any():
+                own = before[mine]
+                name = f"{stage}/{part}" if part else stage
+                numbers = np.array(order.at(range(int(own[0]), int(own[-1]) + 1), seed, name), dtype=np.int64)
+                result[here[mine]] = numbers[own - own[0]] + offset
+            here, left, total = here[~mine], (left - before)[~mine], total - count
+        return tuple(int(i) for i in result)
+
+
+def slots(counts: Sequence[int], lengths: Sequence[int]) -> NDArray[np.int64]:
+    """The numbers `[sum(counts)]` of one epoch of a mixture, in no order: of each part as many as `counts` says, its
+    examples as often as each other, give or take one; numbers of the parts follow each other."""
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    parts = [start + np.arange(count) % n for start, count, n in zip(starts, counts, lengths, strict=False)]
+    return np.concatenate(parts).astype(np.int64)

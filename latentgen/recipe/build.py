@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -15,10 +13,6 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from latentgen.core.errors import UserError
 from latentgen.core.rand import seed_of
 from latentgen.data.loader import Cut
-from latentgen.data.sources.base import Source
-from latentgen.data.sources.folder import FolderSource
-from latentgen.data.sources.shapes import ShapesSource
-from latentgen.data.sources.subset import Subset, hold_out
 from latentgen.diffusion import lookup
 from latentgen.diffusion.guidance import build as build_guidance
 from latentgen.diffusion.guidance import parse
@@ -45,61 +39,6 @@ from latentgen.tasks.vae import VaeLosses
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Examples:
-    """What a run trains and measures on.
-
-    Args:
-        training: the examples that are trained on.
-        held_out: at most `data.holdout` others to measure on; where there are none, some of the same.
-        apart: whether they are others.
-        skipped: pictures of the folder that were left out, and why.
-    """
-
-    training: Source
-    held_out: Source
-    apart: bool = True
-    skipped: Mapping[str, str] = field(default_factory=dict)
-
-
-def examples(recipe: Recipe) -> Examples:
-    """The training examples and those that training does not see: other shapes; or pictures of the folder
-    `data.validation`, else of `validation` in the folder, else a part of the folder's own, chosen by their content.
-
-    Raises:
-        UserError: a folder is missing, empty or without captions.
-    """
-    data = recipe.data
-    if data.source == "shapes":
-        seed = seed_of(recipe.seed, "held-out") % 2**31
-        training = ShapesSource(
-            seed=recipe.seed, size=data.size, split=data.split or "train", resolution=data.resolution
-        )
-        return Examples(training, ShapesSource(seed=seed, size=data.holdout, split="train", resolution=data.resolution))
-    assert data.path is not None
-    common: dict[str, Any] = {"resolution": data.resolution, "crop": data.crop, "caption": data.caption}
-    common["controls"] = recipe.finetune is not None and recipe.finetune.control == "picture"
-    whole = FolderSource(path=data.path, split=data.split, **common)
-    beside, skipped = Path(data.path) / "validation", dict(whole.skipped)
-    path = data.validation or (str(beside) if beside.is_dir() else None)
-    if path is not None and Path(path).resolve() != whole.folder.resolve():
-        others = FolderSource(path=path, **common)
-        return Examples(whole, _some(others, data.holdout), True, skipped)
-    kept, chosen = hold_out(whole.digests, data.holdout if path is None else 0)
-    if not chosen:
-        logger.warning("%s: nothing is held out (%d pictures): measured on training pictures", data.path, len(whole))
-        return Examples(whole, _some(whole, data.holdout), False, skipped)
-    logger.info("%s: %d pictures to train on, %d held out to measure on", data.path, len(kept), len(chosen))
-    return Examples(Subset(whole, kept), Subset(whole, chosen), True, skipped)
-
-
-def _some(source: Source, count: int) -> Source:
-    """`count` examples spread evenly over a source, or all."""
-    if len(source) <= count:
-        return source
-    return Subset(source, tuple(i * len(source) // count for i in range(count)))
-
-
 def check(recipe: Recipe, processes: int) -> None:
     """Raise `UserError` for mistakes that would otherwise show only when their stage begins."""
     own = {"vae": recipe.autoencoder.source, "clip": recipe.text_encoder.source, "unet": None}
@@ -117,10 +56,11 @@ def check(recipe: Recipe, processes: int) -> None:
     prior = recipe.finetune.prior if recipe.finetune is not None else None
     if prior is not None and prior.path is not None and prior.pictures != Prior(prompt=prior.prompt).pictures:
         logger.warning("finetune.prior.pictures is ignored: all pictures of finetune.prior.path are used")
-    if recipe.data.caption is not None and recipe.data.source != "folder":
-        logger.warning("data.caption is ignored: the pictures of data.source %s have captions", recipe.data.source)
-    if recipe.data.validation is not None and not Path(recipe.data.validation).is_dir():
-        raise UserError(f"{recipe.data.validation}: no such folder; check data.validation")
+    if recipe.data.caption is not None and recipe.data.source == "shapes":
+        logger.warning("data.caption is ignored: the pictures of data.source shapes have captions")
+    validation = recipe.data.validation
+    if validation is not None and recipe.data.source == "folder" and not Path(validation).is_dir():
+        raise UserError(f"{validation}: no such folder; check data.validation")
 
 
 def _check_previews(recipe: Recipe) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentgen.core.log import counted
-from latentgen.data.sources import alternating
 from latentgen.engine.muon import matrices_of, orthogonalised
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import load_model
@@ -24,7 +23,7 @@ from latentgen.models.context import Context, size_count
 from latentgen.models.late_interaction import late_similarity
 from latentgen.models.text import encode_tokens, prompt_length
 from latentgen.models.unet import count_parameters, predict
-from latentgen.recipe import build
+from latentgen.recipe import build, sources
 from latentgen.recipe.conditions import starting_model
 from latentgen.recipe.load import dump_recipe
 from latentgen.recipe.memory import plan_memory
@@ -118,7 +117,7 @@ def make_plan(recipe: Recipe, examples: int | None = None) -> Plan:
         UserError: the recipe's parts do not fit together, or a `from:` folder or the data are missing.
     """
     if examples is None:
-        examples = mixed_count(recipe, len(build.examples(recipe).training))
+        examples = mixed_count(recipe, len(sources.examples(recipe).training))
     side, stages, prior_flops = recipe.data.resolution, [], 0.0
     with torch.device("meta"):
         vae, model = _vae(recipe), None
@@ -164,7 +163,7 @@ def mixed_count(recipe: Recipe, own: int) -> int:
     prior = recipe.finetune.prior if recipe.finetune is not None else None
     if prior is None:
         return own
-    return alternating.length(own, prior.pictures if prior.path is None else len(class_folder(recipe)))
+    return own + (prior.pictures if prior.path is None else len(class_folder(recipe)))
 
 
 def _made(recipe: Recipe) -> int:
@@ -296,7 +295,7 @@ def describe(recipe: Recipe) -> str:
     Raises:
         UserError: a mistake that can be found without training.
     """
-    pictures = len(build.examples(recipe).training)
+    pictures = len(sources.examples(recipe).training)
     recipe = filled(recipe, pictures)
     build.check(recipe, processes=1)
     return f"{dump_recipe(recipe)}\n{make_plan(recipe, mixed_count(recipe, pictures)).table()}\n\n{plan_memory(recipe)}"

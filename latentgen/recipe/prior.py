@@ -16,16 +16,16 @@ from latentgen.core.files import clear_leftovers, content_key, make_folder
 from latentgen.core.lock import FolderLock
 from latentgen.core.log import progress
 from latentgen.data.cache import wait_for
-from latentgen.data.sources.alternating import Alternating
 from latentgen.data.sources.base import Source
-from latentgen.data.sources.folder import FolderSource
 from latentgen.data.sources.made import MadePictures
+from latentgen.data.sources.mixture import Mixture, equal_counts
 from latentgen.formats.model import Model
 from latentgen.models.autoencoder import at_once
 from latentgen.pipelines.generate import Request, generate
 from latentgen.pipelines.pictures import save_png
 from latentgen.recipe import build
 from latentgen.recipe.schema import Recipe
+from latentgen.recipe.sources import pictures_of
 from latentgen.tasks.caching import Share
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ def with_prior(recipe: Recipe, source: Source, weights: Mapping[str, str]) -> So
     prior = recipe.finetune.prior if recipe.finetune is not None else None
     if prior is None:
         return source
-    return Alternating(source, _of_class(recipe, weights), prior.weight)
+    beside = _of_class(recipe, weights)
+    return Mixture((source, beside), equal_counts(len(source), len(beside)), (1.0, prior.weight))
 
 
 def keeps(recipe: Recipe) -> bool:
@@ -81,9 +82,10 @@ def class_folder(recipe: Recipe) -> Source:
         raise UserError(
             f"finetune.prior.path: {prior.path}: no such folder; leave it out, and the model makes the pictures"
         )
-    return FolderSource(
-        path=prior.path, resolution=data.resolution, crop=data.crop, caption=next(filter(None, prior.prompts()))
+    own = data.model_copy(
+        update={"source": "folder", "path": prior.path, "split": None, "caption": next(filter(None, prior.prompts()))}
     )
+    return pictures_of(own)
 
 
 def request(recipe: Recipe, number: int = 0) -> Request:
@@ -92,6 +94,12 @@ def request(recipe: Recipe, number: int = 0) -> Request:
     assert recipe.finetune.prior is not None
     prompts = recipe.finetune.prior.prompts()
     return build.request(recipe, prompts[number % len(prompts)], number)
+
+
+def class_part(source: Source) -> MadePictures | None:
+    """The class pictures of `source` that the run makes itself; None where it has none."""
+    parts = source.parts if isinstance(source, Mixture) else ()
+    return next((part for part in parts if isinstance(part, MadePictures)), None)
 
 
 def make_class_pictures(recipe: Recipe, model: Model, source: Source, share: Share) -> None:
@@ -104,8 +112,8 @@ def make_class_pictures(recipe: Recipe, model: Model, source: Source, share: Sha
     Raises:
         UserError: the model cannot draw what the settings of previews ask for.
     """
-    pictures = source.beside if isinstance(source, Alternating) else None
-    if not isinstance(pictures, MadePictures):
+    pictures = class_part(source)
+    if pictures is None:
         return
     if not pictures.missing():
         logger.info("class pictures: reused (%s)", pictures.folder)

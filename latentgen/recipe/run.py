@@ -25,10 +25,11 @@ from latentgen.core.allocator import keep_memory
 from latentgen.core.errors import UserError
 from latentgen.core.files import clear_leftovers, content_key, file_sha256, write_json, write_text
 from latentgen.core.runfolder import RunFolder
+from latentgen.data.captions import CachedWords
 from latentgen.data.fetch import CachedBatches, PictureBatches, to_tensor
 from latentgen.data.loader import Loader
-from latentgen.data.sources.alternating import Alternating
 from latentgen.data.sources.base import Source
+from latentgen.data.sources.mixture import Mixture
 from latentgen.engine.agreement import held
 from latentgen.engine.guard import require_finite
 from latentgen.engine.loop import Loop
@@ -47,7 +48,7 @@ from latentgen.models.quick import quicken
 from latentgen.models.text import Tower, train_tokenizer
 from latentgen.models.unet import checkpoint_activations
 from latentgen.pipelines.generate import Request, check
-from latentgen.recipe import build
+from latentgen.recipe import build, sources
 from latentgen.recipe.conditions import conditioned, control_kind, previews, write_inputs
 from latentgen.recipe.finetune import (
     Training,
@@ -62,7 +63,7 @@ from latentgen.recipe.finetune import (
 from latentgen.recipe.load import dump_recipe, load_recipe
 from latentgen.recipe.plan import Plan, make_plan
 from latentgen.recipe.presets import filled
-from latentgen.recipe.prior import keeps, make_class_pictures, with_prior
+from latentgen.recipe.prior import class_part, keeps, make_class_pictures, with_prior
 from latentgen.recipe.reporting import Reporter, note_start
 from latentgen.recipe.schema import Recipe
 from latentgen.recipe.validation import validation, wanted
@@ -97,7 +98,7 @@ class Run:
     """
 
     def __init__(self, recipe: Recipe, root: Path, device: str | None = None) -> None:
-        self.examples = build.examples(recipe)
+        self.examples = sources.examples(recipe)
         recipe = filled(recipe, len(self.examples.training))
         self.recipe, self.folder = recipe, RunFolder(root / recipe.name)
         self.report = Reporter(self.folder.path)
@@ -206,7 +207,7 @@ class Run:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         loader = Loader(
             fetch,
-            len(self.source),
+            self.source.order(train.global_batch),
             self.recipe.seed,
             task.name,
             build.cut(self.recipe, task.name, rank, world),
@@ -310,7 +311,7 @@ class Run:
 
     def _class_pictures(self, model: Model) -> None:
         """Draw them, while the model still is what training starts from."""
-        if isinstance(self.source, Alternating):
+        if class_part(self.source) is not None:
             model.unet.to(self.accelerator.device)
             self.watch.mark("class pictures")
             with self.watch.following(model.networks().values()):
@@ -398,11 +399,12 @@ class Run:
             whole = (data.resolution, data.resolution)
             row = sizes_of(model.sizes, whole, (0, 0), whole, AESTHETIC_SCORE)
             values["sizes"] = np.tile(np.array(row, dtype=np.float32), (len(source), 1))
-        if isinstance(source, Alternating):
-            values["weight"] = source.weights()
-            if keeps(self.recipe):
-                values["kept"] = source.is_beside()
-        batches = CachedBatches(moments, texts, rows, self.recipe.diffusion.caption_dropout, values)
+        if isinstance(source, Mixture):
+            values["weight"] = source.example_weights()
+            if keeps(self.recipe) and source is self.source:
+                values["kept"] = source.part_numbers() == 1  # with_prior: the class is the second part
+        words = CachedWords(texts, rows, self.recipe.diffusion.caption_dropout)
+        batches = CachedBatches(moments, words, len(source), values)
         return conditioned(self.recipe, model, source, batches)
 
     def _frozen(self, network: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from latentgen.recipe.schema_data import Data
 from latentgen.recipe.schema_finetune import Finetune
 from latentgen.recipe.schema_section import Section
 
@@ -18,43 +19,6 @@ def _different(lengths: tuple[float, ...]) -> tuple[float, ...]:
 
 Length = Annotated[float, Field(gt=0, le=0.28)]
 Lengths = Annotated[tuple[Length, ...], AfterValidator(_different)]
-
-
-class Data(Section):
-    """Where pictures and captions come from, and how they are cut."""
-
-    source: Literal["shapes", "folder"] = Field(
-        default="shapes", description="the procedural world, or a folder of pictures"
-    )
-    path: str | None = Field(default=None, description="folder of pictures and captions (source: folder)")
-    split: str | None = Field(default=None, description="subfolder (train, validation) or part of the shapes world")
-    resolution: int = Field(default=64, ge=16, description="side of the training picture, in pixels")
-    crop: Literal["center", "stretch"] = Field(default="center", description="how a picture that is not square is cut")
-    flip: bool = Field(
-        default=False,
-        description="show each picture mirrored half of the time (captions that say left or right become untrue)",
-    )
-    size: int = Field(default=20_000, ge=1, description="examples in the procedural world")
-    captions: int | None = Field(default=None, ge=1, description="use at most so many captions an example (null: all)")
-    caption: str | None = Field(
-        default=None,
-        description="caption of pictures for which none is written, such as `a photo of sks dog`; `{caption}` in it "
-        "takes those that are (source: folder)",
-    )
-    holdout: int = Field(
-        default=64,
-        ge=1,
-        description="examples to measure on that are not trained on; of a folder at most a tenth, chosen by content, "
-        "and none where that is fewer than 8",
-    )
-    validation: str | None = Field(
-        default=None,
-        description="folder of pictures to measure on (null: `validation` in the folder, else a part of it)",
-    )
-    workers: int = Field(default=0, ge=0, description="processes that read pictures (0: the training process itself)")
-    cache: str = Field(
-        default="runs/.cache", description="folder of cached latents and text states, shared by all runs"
-    )
 
 
 class StageTrain(Section):
@@ -134,6 +98,13 @@ class TextEncoder(Section):
     layers: int = Field(default=3, ge=1)
     heads: int = Field(default=4, ge=1)
     context_length: int = Field(default=24, ge=4, description="tokens a caption is padded or cut to, markers included")
+    chunks: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        description="a caption that is too long is read in at most so many pieces of that length, side by side; what "
+        "is left is cut",
+    )
     vocab_size: int = Field(
         default=1024, ge=514, description="size of the byte-pair vocabulary learned from the captions"
     )
@@ -370,8 +341,6 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if self.finetune is not None:
             self._require_sense(self.finetune)
-        if self.data.source == "folder" and not self.data.path:
-            raise ValueError("data.path: say which folder holds the pictures (data.path=my_pictures)")
         a = self.autoencoder
         if a.critic_weight > 0 and (a.patch or self.data.resolution) < 24:
             raise ValueError(
@@ -403,8 +372,8 @@ class Recipe(Section):
             raise ValueError("finetune.method: none trains nothing; name finetune.tokens or finetune.control")
         if f.control is not None and (f.method != "none" or f.text_encoders or f.tokens):
             raise ValueError("finetune.control: a ControlNet is trained beside a model that stays; say method: none")
-        if f.control == "picture" and self.data.source != "folder":
-            raise ValueError("finetune.control: picture: needs data.source: folder, with a second picture for each")
+        if f.control == "picture" and self.data.source == "shapes":
+            raise ValueError("finetune.control: picture: needs data with a second picture for each; shapes has none")
         if f.text_encoders and f.method == "none":
             raise ValueError("finetune.text_encoders: say with which method; none trains words alone")
         if f.method == "loha" and "diffusers" in f.written():

@@ -10,25 +10,25 @@ import numpy as np
 from latentgen.core.rand import Draw
 from latentgen.data.order import permute
 from latentgen.engine.validation import FixedExamples, Measure, Validation
-from latentgen.recipe import build
+from latentgen.recipe import build, sources
 from latentgen.recipe.schema import Recipe
 
 Fetch = Callable[[Draw], Any]
 
 
-def wanted(recipe: Recipe, examples: build.Examples, stage: str) -> bool:
+def wanted(recipe: Recipe, examples: sources.Examples, stage: str) -> bool:
     """Whether a stage is to be validated, and there is something to validate it on."""
     every = recipe.stage_train(stage).validate_every
     return every > 0 and examples.apart and _count(examples) > 1
 
 
-def _count(examples: build.Examples) -> int:
+def _count(examples: sources.Examples) -> int:
     return min(len(examples.held_out), len(examples.training))
 
 
 def validation(
     recipe: Recipe,
-    examples: build.Examples,
+    examples: sources.Examples,
     stage: str,
     measure: Measure,
     *,

@@ -18,7 +18,8 @@ from torch import nn
 from latentgen.core.errors import UserError
 from latentgen.core.files import content_key
 from latentgen.data.cache import ArrayCache
-from latentgen.data.fetch import first_captions, to_tensor
+from latentgen.data.captions import first_captions
+from latentgen.data.fetch import to_tensor
 from latentgen.data.sources.base import Source
 from latentgen.formats.model import Model
 from latentgen.models.autoencoder import encode_moments, factor

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from latentgen.core.rand import Draw
+from latentgen.data.captions import CachedWords
 from latentgen.data.controls import Controls
 from latentgen.data.fetch import CachedBatches, PictureBatches, to_tensor
 from latentgen.data.masks import draw_masks
@@ -40,7 +41,7 @@ def cached(variants: int = 1, dropout: float = 0.0, examples: int = 8) -> Cached
     moments[:, 1] = moments[:, 0] + 0.5
     states = np.broadcast_to(np.arange(2 * examples + 1, dtype=np.float16).reshape(-1, 1, 1), (2 * examples + 1, 3, 2))
     rows = [(2 * i + 1, 2 * i + 2) for i in range(examples)]
-    return CachedBatches(moments, {"context": states}, rows, dropout)
+    return CachedBatches(moments, CachedWords({"context": states}, rows, dropout), examples)
 
 
 def test_to_tensor_maps_bytes_to_one() -> None:
@@ -204,7 +205,7 @@ def test_the_share_of_captions_left_out(share: float, draw: DrawOf) -> None:
 
 def test_leaving_captions_out_changes_nothing_else(draw: DrawOf) -> None:
     d = draw()
-    kept, dropped = cached(variants=2)(d), dataclasses.replace(cached(variants=2), dropout=0.5)(d)
+    kept, dropped = cached(variants=2)(d), cached(variants=2, dropout=0.5)(d)
     assert torch.equal(kept["mean"], dropped["mean"])
     stays = dropped["context"][:, 0, 0] != 0
     assert 0 < int(stays.sum()) < 8

@@ -84,7 +84,7 @@ def test_every_picture_needs_a_second_one(tmp_path):
         opened(tmp_path, controls=True)
     for name in ("a dog.control.png", "a cow.control.png"):
         (tmp_path / name).write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"a cow.control.png: not a picture.*; replace this picture"):
+    with pytest.raises(UserError, match=r"the control of a cow.png: not a picture.*; replace that picture"):
         opened(tmp_path, controls=True)
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile
 
 from latentgen.core.errors import UserError
-from latentgen.data.images import BadPicture, decode, fit
+from latentgen.data.images import BadPicture, decode
+from latentgen.data.reading import Reading, scale
 
 H, W = 24, 40
 RNG = np.random.default_rng(0)
@@ -383,7 +384,11 @@ def test_threads_leave_the_warning_filters_alone():
     assert all((result == results[0]).all() for result in results)
 
 
-# ---- fit
+# ---- cut and scaled
+
+
+def fit(image: Image.Image, resolution: int, crop: str = "center") -> np.ndarray:
+    return scale(image, Reading(resolution, crop).cut((image.height, image.width)))
 
 
 def test_fit_keeps_the_pixels_of_the_right_size():

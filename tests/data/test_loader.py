@@ -9,6 +9,7 @@ import pytest
 from latentgen.core.errors import UserError
 from latentgen.core.rand import Draw
 from latentgen.data.loader import Cut, Loader
+from latentgen.data.order import Shuffled
 
 STEPS, BATCH, EXAMPLES = 5, 8, 13
 
@@ -19,7 +20,7 @@ def fetch(draw: Draw) -> dict[str, Any]:
 
 def seen(cut: Cut, start: int = 0, workers: int = 0) -> dict[int, list[tuple[int, int, float]]]:
     """(row, example, its random number) of every step of one process."""
-    loader = Loader(fetch, EXAMPLES, 3, "unet", cut, STEPS, workers)
+    loader = Loader(fetch, Shuffled(EXAMPLES), 3, "unet", cut, STEPS, workers)
     steps: dict[int, list[tuple[int, int, float]]] = {}
     for step, parts in loader.iterate(start):
         assert all(draw.step == step for draw, _ in parts)
@@ -53,7 +54,7 @@ def refuse(draw: Draw) -> dict[str, Any]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_mistake_stays_one_line(workers: int) -> None:
     with pytest.raises(UserError) as caught:
-        list(Loader(refuse, EXAMPLES, 3, "unet", Cut(BATCH), STEPS, workers).iterate(0))
+        list(Loader(refuse, Shuffled(EXAMPLES), 3, "unet", Cut(BATCH), STEPS, workers).iterate(0))
     assert str(caught.value) == "shapes/7.png: too small"
 
 
@@ -69,7 +70,7 @@ def test_the_run_goes_through_the_examples_without_repeats(whole: dict) -> None:
 
 
 def test_micro_batches_arrive_in_the_order_of_rows() -> None:
-    for _, parts in Loader(fetch, EXAMPLES, 0, "s", Cut(BATCH, 2, rank=1, world=2), 2).iterate(0):
+    for _, parts in Loader(fetch, Shuffled(EXAMPLES), 0, "s", Cut(BATCH, 2, rank=1, world=2), 2).iterate(0):
         assert [draw.rows for draw, _ in parts] == [range(4, 6), range(6, 8)]
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentgen.data.order import examples_at, permute
+from latentgen.data.order import Shuffled, permute
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 63, 64, 65, 1000, 4096, 4097, 20_000])
@@ -49,7 +49,7 @@ def test_permute_mixes() -> None:
 @settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(0, 10**6), st.integers(0, 99))
 def test_every_epoch_shows_every_example_once(n: int, epoch: int, seed: int) -> None:
-    assert sorted(examples_at(range(epoch * n, (epoch + 1) * n), n, seed, "vae")) == list(range(n))
+    assert sorted(Shuffled(n).at(range(epoch * n, (epoch + 1) * n), seed, "vae")) == list(range(n))
 
 
 @settings(max_examples=30)
@@ -58,17 +58,17 @@ def test_positions_do_not_depend_on_the_split(n: int, start: int, lengths: list[
     edges = [start]
     for length in lengths:
         edges.append(edges[-1] + length)
-    parts = [examples_at(range(a, b), n, 1, "s") for a, b in itertools.pairwise(edges)]
-    assert sum(parts, ()) == examples_at(range(start, edges[-1]), n, 1, "s")
+    parts = [Shuffled(n).at(range(a, b), 1, "s") for a, b in itertools.pairwise(edges)]
+    assert sum(parts, ()) == Shuffled(n).at(range(start, edges[-1]), 1, "s")
 
 
 def test_seed_stage_and_epoch_each_have_their_own_order() -> None:
     def order(seed: int = 0, stage: str = "unet", epoch: int = 0) -> tuple[int, ...]:
-        return examples_at(range(epoch * 50, epoch * 50 + 50), 50, seed, stage)
+        return Shuffled(50).at(range(epoch * 50, epoch * 50 + 50), seed, stage)
 
     assert len({order(), order(seed=1), order(stage="vae"), order(epoch=1)}) == 4
 
 
 def test_the_order_is_pinned() -> None:
     """A changed order would change every run that was begun before."""
-    assert examples_at(range(8, 24), 10, 0, "unet") == (1, 0, 8, 3, 7, 4, 5, 0, 1, 2, 9, 6, 6, 0, 9, 8)
+    assert Shuffled(10).at(range(8, 24), 0, "unet") == (1, 0, 8, 3, 7, 4, 5, 0, 1, 2, 9, 6, 6, 0, 9, 8)

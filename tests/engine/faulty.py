@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from latentgen.core.rand import Draw
 from latentgen.data.loader import Cut, Loader
+from latentgen.data.order import Shuffled
 from latentgen.engine.loop import Loop
 from latentgen.engine.settings import StagePaths
 from latentgen.engine.sharding import Sharding
@@ -100,7 +101,7 @@ def fetch(draw: Draw) -> dict[str, Tensor]:
 
 def data(accelerator: Accelerator, steps: int = STEPS, micro: int | None = None) -> Loader:
     cut = Cut(BATCH, micro, accelerator.process_index, accelerator.num_processes)
-    return Loader(fetch, 40, 0, "toy", cut, steps)
+    return Loader(fetch, Shuffled(40), 0, "toy", cut, steps)
 
 
 def faulty_loop(

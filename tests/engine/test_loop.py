@@ -20,6 +20,7 @@ from latentgen.core.errors import Interrupted, UserError
 from latentgen.core.files import write_file
 from latentgen.core.rand import Draw
 from latentgen.data.loader import Cut, Loader
+from latentgen.data.order import Shuffled
 from latentgen.engine import checkpoint as checkpoints
 from latentgen.engine.checkpoint import Checkpoint, load_newest, steps_in
 from latentgen.engine.loop import Loop
@@ -90,7 +91,7 @@ def accelerator() -> Accelerator:
 
 
 def loader(micro: int | None = None) -> Loader:
-    return Loader(fetch, 20, 0, "toy", Cut(BATCH, micro), STEPS)
+    return Loader(fetch, Shuffled(20), 0, "toy", Cut(BATCH, micro), STEPS)
 
 
 def paths(folder: Path) -> StagePaths:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from latentgen.core.errors import UserError
 from latentgen.core.rand import Draw
 from latentgen.data.loader import Cut, Loader
+from latentgen.data.order import Shuffled
 from latentgen.engine import memory
 from latentgen.engine.checkpoint import Checkpoint, load_newest
 from latentgen.engine.loop import Loop
@@ -82,7 +83,7 @@ def accelerator() -> Accelerator:
 def trained(
     folder: Path, accelerator: Accelerator, toy: Toy, *, micro: int | None = None, steps: int = STEPS, fit: bool = True
 ) -> Checkpoint:
-    data = Loader(fetch, 20, 0, "toy", Cut(BATCH, micro), steps)
+    data = Loader(fetch, Shuffled(20), 0, "toy", Cut(BATCH, micro), steps)
     settings = replace(SETTINGS, steps=steps, fit_micro_batch=fit)
     paths = StagePaths(folder / "c", folder / "s", folder / "m.jsonl", folder / "tb")
     Loop(toy, data, settings, accelerator, paths).run()
@@ -138,7 +139,7 @@ def test_a_single_example_that_does_not_fit_is_said_so(accelerator, tmp_path):
 def test_all_processes_take_the_smallest_size(monkeypatch):
     other = [True, True, False]  # when the memory of the second process runs out
     monkeypatch.setattr(memory, "anywhere", lambda accelerator, here: here or other.pop(0))
-    data = Loader(fetch, 20, 0, "toy", Cut(BATCH), 1)
+    data = Loader(fetch, Shuffled(20), 0, "toy", Cut(BATCH), 1)
     _, micro_batches = next(iter(data.iterate(0)))
     fitting = Fitting(SimpleNamespace(num_processes=2, device=torch.device("cpu")), active=True)  # type: ignore[arg-type]
     ran: list[int] = []
@@ -157,7 +158,7 @@ def test_all_processes_take_the_smallest_size(monkeypatch):
 def test_cutting_keeps_every_example_and_its_draws(rows, world, data):
     size = data.draw(st.sampled_from([k for k in range(1, rows + 1) if rows % k == 0]))
     rank = data.draw(st.integers(0, world - 1))
-    loader = Loader(fetch, 50, 1, "toy", Cut(rows * world, None, rank, world), 1)
+    loader = Loader(fetch, Shuffled(50), 1, "toy", Cut(rows * world, None, rank, world), 1)
     ((_, before),) = loader.iterate(0)
     after = cut_rows(before, size)
     assert {len(draw.rows) for draw, _ in after} == {size}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from latentgen.core.errors import Interrupted
 from latentgen.core.rand import Draw
 from latentgen.data.loader import Cut, Loader
+from latentgen.data.order import Shuffled
 from latentgen.engine.checkpoint import Checkpoint, Keep, load_newest, save_checkpoint
 from latentgen.engine.loop import Loop
 from latentgen.engine.settings import StagePaths
@@ -74,7 +75,7 @@ def loop(folder: Path, accelerator: Accelerator, *, measured: bool = True, data:
     task = Toy()
     paths = StagePaths(folder / "c", folder / "s", folder / "m.jsonl", folder / "tb")
     found = validation(task) if measured else None
-    data = data or Loader(fetch, 20, 0, "toy", Cut(4), STEPS)
+    data = data or Loader(fetch, Shuffled(20), 0, "toy", Cut(4), STEPS)
     return Loop(task, data, replace(SETTINGS, **changes), accelerator, paths, validation=found)
 
 
@@ -181,7 +182,7 @@ class Dying:
         self.at, self.ask = at, ask
 
     def iterate(self, start: int) -> Iterator[tuple[int, Any]]:
-        for step, parts in Loader(fetch, 20, 0, "toy", Cut(4), STEPS).iterate(start):
+        for step, parts in Loader(fetch, Shuffled(20), 0, "toy", Cut(4), STEPS).iterate(start):
             if step == self.at:
                 if not self.ask:
                     raise RuntimeError("killed")

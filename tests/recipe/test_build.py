@@ -13,7 +13,7 @@ from latentgen.core.errors import UserError
 from latentgen.diffusion.parameterization import Flow, V
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import save_model
-from latentgen.recipe import build
+from latentgen.recipe import build, sources
 from latentgen.recipe.schema import Recipe
 
 
@@ -42,7 +42,7 @@ def test_random_weights_follow_from_the_seed_alone(tiny_recipe: Recipe) -> None:
 
 
 def test_held_out_shapes_are_others(tiny_recipe: Recipe) -> None:
-    found = build.examples(tiny_recipe)
+    found = sources.examples(tiny_recipe)
     seen, kept = found.training, found.held_out
     assert found.apart
     assert (len(seen), len(kept)) == (32, 4)

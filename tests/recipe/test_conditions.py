@@ -16,6 +16,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from latentgen.core.errors import UserError
+from latentgen.data.captions import CachedWords
 from latentgen.data.edges import edges
 from latentgen.data.fetch import CachedBatches
 from latentgen.formats.model import Model
@@ -104,7 +105,7 @@ def test_small_matrices_cannot_learn_new_channels(tiny_recipe: Recipe, tiny: Mod
 
 
 def test_second_pictures_need_a_folder(tiny_recipe: Recipe) -> None:
-    with pytest.raises(ValidationError, match=r"finetune.control: picture: needs data.source: folder"):
+    with pytest.raises(ValidationError, match=r"finetune.control: picture: needs data with a second picture"):
         tuned(tiny_recipe, {"method": "none", "control": "picture"})
 
 
@@ -112,7 +113,7 @@ def cached(examples: int = 8) -> CachedBatches:
     source = np.random.default_rng(0)
     moments = np.abs(source.standard_normal((2 * examples, 2, 4, 4, 4))).astype(np.float16)
     states = source.standard_normal((examples + 1, 10, 16)).astype(np.float16)
-    return CachedBatches(moments, {"context": states}, [(i + 1,) for i in range(examples)], 0.3)
+    return CachedBatches(moments, CachedWords({"context": states}, [(i + 1,) for i in range(examples)], 0.3), examples)
 
 
 KINDS = {"inpainting": (INPAINTING, {"image", "mask"}), "control": (CONTROL, {"control"})}

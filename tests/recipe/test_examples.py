@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from latentgen.data.sources.base import Source
-from latentgen.recipe import build
+from latentgen.recipe import sources
 from latentgen.recipe.schema import Recipe
 from latentgen.recipe.validation import validation, wanted
 
@@ -40,7 +40,7 @@ def names(source: Source) -> set[str]:
 
 
 def test_a_part_of_the_folder_is_held_out_and_not_trained_on(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    found = build.examples(of_folder(tiny_recipe, write(tmp_path, range(120))))
+    found = sources.examples(of_folder(tiny_recipe, write(tmp_path, range(120))))
     assert found.apart
     assert (len(found.training), len(found.held_out)) == (110, 10)
     assert names(found.training) | names(found.held_out) == {f"picture {n}" for n in range(120)}
@@ -52,12 +52,12 @@ def test_a_part_of_the_folder_is_held_out_and_not_trained_on(tiny_recipe: Recipe
 def test_the_seed_does_not_move_the_border(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = of_folder(tiny_recipe, write(tmp_path, range(120)))
     other = recipe.model_copy(update={"seed": 7})
-    assert build.examples(recipe).training.key() == build.examples(other).training.key()
+    assert sources.examples(recipe).training.key() == sources.examples(other).training.key()
 
 
 def test_few_pictures_are_all_trained_on(tiny_recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = of_folder(tiny_recipe, write(tmp_path, range(30)))
-    found = build.examples(recipe)
+    found = sources.examples(recipe)
     assert not found.apart
     assert len(found.training) == 30
     assert len(found.held_out) == 10, "pictures to measure on all the same"
@@ -67,20 +67,20 @@ def test_few_pictures_are_all_trained_on(tiny_recipe: Recipe, tmp_path: Path, ca
 
 def test_a_folder_of_others_is_taken_and_the_rest_left_whole(tiny_recipe: Recipe, tmp_path: Path) -> None:
     path, others = write(tmp_path / "a", range(90)), write(tmp_path / "b", range(100, 140))
-    given = build.examples(of_folder(tiny_recipe, path, validation=str(others)))
+    given = sources.examples(of_folder(tiny_recipe, path, validation=str(others)))
     assert given.apart
     assert (len(given.training), len(given.held_out)) == (90, 10)
     assert names(given.held_out) <= {f"picture {n}" for n in range(100, 140)}
-    same = build.examples(of_folder(tiny_recipe, path, validation=str(path)))
+    same = sources.examples(of_folder(tiny_recipe, path, validation=str(path)))
     assert not same.apart, "who names the same folder trains on all of it"
     assert len(same.training) == 90
     write(path / "validation", range(200, 205))
-    beside = build.examples(of_folder(tiny_recipe, path, split=None))
+    beside = sources.examples(of_folder(tiny_recipe, path, split=None))
     assert names(beside.held_out) == {f"picture {n}" for n in range(200, 205)}
 
 
 def test_what_is_measured_is_fixed_and_as_much_of_either(tiny_recipe: Recipe) -> None:
-    found = build.examples(tiny_recipe)
+    found = sources.examples(tiny_recipe)
     assert wanted(tiny_recipe, found, "unet")
 
     def made(recipe: Recipe, stage: str) -> tuple[tuple[int, ...], ...]:
@@ -99,5 +99,5 @@ def test_validation_can_be_left_out_of_a_stage(tiny_recipe: Recipe) -> None:
     values = tiny_recipe.model_dump()
     values["text_encoder"]["train"]["validate_every"] = 0
     recipe = Recipe(**values)
-    found = build.examples(recipe)
+    found = sources.examples(recipe)
     assert [wanted(recipe, found, stage) for stage in ("vae", "clip", "unet")] == [True, False, True]

@@ -92,7 +92,7 @@ def test_a_key_unlike_any_other_lists_the_sections() -> None:
         ("name: {{x}}", "not valid YAML: a key must be a word"),
         ("train: {steps: 1", "not valid YAML"),
         ("name: !!python/object:os.system x", "not valid YAML"),
-        ("data: {source: folder}", "data.path: say which folder holds the pictures"),
+        ("data: {source: folder}", "`data`: path: say where the pictures are"),
         (
             "text_encoder: {train: {micro_batch: 2}}",
             "text_encoder.train.micro_batch: the contrastive loss needs its whole batch at once",

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from latentgen.core.errors import UserError
-from latentgen.data.sources.alternating import Alternating
 from latentgen.data.sources.made import MadePictures
+from latentgen.data.sources.mixture import Mixture
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import save_model
 from latentgen.pipelines.generate import generate
@@ -33,11 +33,11 @@ def recipe_of(folder: Path, *words: str, base: str = "base") -> Recipe:
     return load_recipe(None, [*plain, *words])
 
 
-def made(recipe: Recipe, few: Callable, weights: dict[str, str] = WEIGHTS) -> tuple[Alternating, MadePictures]:
+def made(recipe: Recipe, few: Callable, weights: dict[str, str] = WEIGHTS) -> tuple[Mixture, MadePictures]:
     source = prior.with_prior(recipe, few(3), weights)
-    assert isinstance(source, Alternating)
-    assert isinstance(source.beside, MadePictures)
-    return source, source.beside
+    assert isinstance(source, Mixture)
+    assert isinstance(source.parts[1], MadePictures)
+    return source, source.parts[1]
 
 
 def contents(pictures: MadePictures) -> list[bytes]:
@@ -53,7 +53,7 @@ def test_without_prior_nothing_is_mixed(tmp_path: Path, few: Callable) -> None:
 def test_they_are_what_the_model_draws(tmp_path: Path, few: Callable, tiny: Model) -> None:
     recipe = recipe_of(tmp_path)
     source, pictures = made(recipe, few)
-    assert source.weight == 0.5
+    assert source.weights == (1.0, 0.5)
     assert pictures.folder.parent == tmp_path / "cache" / "prior"
     prior.make_class_pictures(recipe, tiny, source, Share())
     drawn = generate(tiny, [prior.request(recipe, number) for number in range(5)])
@@ -162,9 +162,9 @@ def test_own_class_pictures(tmp_path: Path, few: Callable, tiny: Model, caplog: 
     (folder / "IMG_1.txt").write_text("a sleeping dog")
     recipe = recipe_of(tmp_path, f"finetune.prior={{prompt: a dog, path: {folder}}}")
     source = prior.with_prior(recipe, few(3), WEIGHTS)
-    assert isinstance(source, Alternating)
-    assert [source.beside.captions(i) for i in range(2)] == [("a dog",), ("a sleeping dog",)]
-    assert source.beside.image(0).shape == (16, 16, 3)
+    assert isinstance(source, Mixture)
+    assert [source.parts[1].captions(i) for i in range(2)] == [("a dog",), ("a sleeping dog",)]
+    assert source.parts[1].image(0).shape == (16, 16, 3)
     prior.make_class_pictures(recipe, tiny, source, Share())
     assert not (tmp_path / "cache").exists()
     with pytest.raises(UserError, match=r"finetune.prior.path: .*nowhere: no such folder; leave it out"):

@@ -15,6 +15,7 @@ import torch
 
 from latentgen.core.errors import UserError
 from latentgen.core.rand import Draw
+from latentgen.data.captions import CachedWords
 from latentgen.data.fetch import CachedBatches
 from latentgen.diffusion.parameterization import EDM, VE, Flow, V
 from latentgen.formats.model import Model
@@ -54,7 +55,7 @@ def cached() -> CachedBatches:
     moments = np.full((8, 2, 4, 4, 4), 0.05, np.float16)
     moments[:, 0] = source.standard_normal((8, 4, 4, 4))
     states = source.standard_normal((17, 10, 16)).astype(np.float16)
-    return CachedBatches(moments, {"context": states}, [(2 * i + 1, 2 * i + 2) for i in range(8)], 0.0)
+    return CachedBatches(moments, CachedWords({"context": states}, [(2 * i + 1, 2 * i + 2) for i in range(8)], 0.0), 8)
 
 
 def made(recipe: Recipe, tiny: Model) -> Model:

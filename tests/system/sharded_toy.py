@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from latentgen.core.rand import Draw
 from latentgen.data.loader import Cut, Loader
+from latentgen.data.order import Shuffled
 from latentgen.engine.checkpoint import Keep
 from latentgen.engine.loop import Loop
 from latentgen.engine.saver import Saver
@@ -115,7 +116,7 @@ def toy_loop(folder: Path, kind: str, accelerator: Accelerator, shards: Sharding
     # Five of each: two processes have three and two of them, in two batches and one.
     sets = [FixedExamples(fetch, tuple(range(first, first + 5))) for first in (0, 10)]
     validation = Validation(task.measure, *sets, seed=0, stage="toy", every=2, parts=2, batch=MICRO)
-    loader = Loader(fetch, 20, 0, "toy", cut, STEPS)
+    loader = Loader(fetch, Shuffled(20), 0, "toy", cut, STEPS)
     return Loop(task, loader, settings, accelerator, paths, shards, validation)
 
 

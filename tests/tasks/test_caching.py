@@ -120,7 +120,8 @@ def test_the_whole_text_is_kept_beside_its_states(few: Callable, tmp_path: Path)
             expected = model.encode(list(source.captions(index)[:2]))
             assert expected.pooled is not None
             assert np.array_equal(states[list(mine)], expected.states.half().numpy())
-            assert np.array_equal(pooled[list(mine)], expected.pooled.half().numpy())
+            # Another batch may round otherwise, by a last bit of float16.
+            np.testing.assert_allclose(pooled[list(mine)], expected.pooled.half().numpy(), rtol=2e-3, atol=1e-4)
 
 
 class Alike:

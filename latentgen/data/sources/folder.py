@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from latentgen.core.errors import UserError
-from latentgen.core.files import content_key
-from latentgen.data.images import CROPS, MAX_PIXELS, BadPicture, decode, fit, read_file
-from latentgen.data.sources.folder_captions import CAPTION, CONTROL_COLUMN, with_template
-from latentgen.data.sources.folder_manifest import CONTROL, MISSING, Listing, list_folder, natural
+from latentgen.data.checking import Checked
+from latentgen.data.images import read_file
+from latentgen.data.reading import Reading
+from latentgen.data.sources.folder_captions import CAPTION, with_template
+from latentgen.data.sources.folder_manifest import MISSING, Listing, list_folder, natural
+from latentgen.data.sources.stored import Pictures
 
 log = logging.getLogger(__name__)
-
-VERSION = 1
-"""Part of every content key; to be raised whenever the same file would give other pixels or captions."""
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 # HEIC and SVG are looked for so that they are named among the skipped, not overlooked.
 _ENDINGS = ("png apng jpg jpeg jpe jfif mpo webp avif bmp gif tif tiff", "jp2 j2k tga qoi psd ico ppm pgm pbm pnm pfm")
 EXTENSIONS = frozenset(f".{ending}" for line in (*_ENDINGS, "heic heif svg") for ending in line.split())
-_SHOWN = 10
 _HOW = (
     'write metadata.jsonl beside the pictures, a line each: {"file_name": "a.png", "text": "a red heart"}; '
     "or metadata.csv with the columns file_name,text; or a.txt beside a.png; or call the file red_heart.png; "
@@ -34,149 +29,112 @@ _HOW = (
 )
 
 
-class FolderSource:
+class FolderStore:
     """Pictures below a folder, in natural order of their paths, each with one or more captions.
 
-    Every picture is decoded once at construction. One that is broken, has no caption or lies outside the folder is
-    left out and stands in `skipped` as (name, reason).
+    One that has no caption or lies outside the folder is left out and stands in `skipped` as (name, reason).
 
     Args:
         path: the folder. Pictures in subfolders belong to it.
-        resolution: side of the pictures handed out, in pixels.
-        crop: "center" or "stretch", see `images.fit`.
         split: subfolder to read ("train", "validation"). None reads the folder itself, or its subfolder "train" if
             that exists and no picture lies beside it.
         caption_columns: metadata columns that hold captions; all that are there are used, in this order.
         caption: of pictures that have none in metadata or beside them; its `{caption}` takes those that they have.
         extensions: endings (lower case, with the dot) that make a file a picture.
-        max_pixels: larger pictures are skipped.
-        controls: every picture has a second one for a ControlNet to follow, and those belong to the content.
 
     Raises:
-        UserError: no such folder, no pictures, no captions, bad metadata, or every picture broken; `caption` is empty;
-            a second picture that is asked for is missing or broken.
+        UserError: no such folder, no pictures, no captions, bad metadata; `caption` is empty.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        split: str | None = None,
+        caption_columns: tuple[str, ...] = CAPTION_COLUMNS,
+        caption: str | None = None,
+        extensions: frozenset[str] = EXTENSIONS,
+    ) -> None:
+        if caption is not None and not with_template((), caption)[0]:
+            raise UserError(
+                f"data.caption: {caption!r} says nothing of a picture without a caption; add words beside {CAPTION}"
+            )
+        self.root = _existing(Path(path))
+        self.folder = _choose_split(self.root, split, extensions)
+        self._listing = list_folder(self.root, self.folder, caption_columns, extensions, caption)
+        _require_captions(self.folder, self._listing, extensions)
+        self._inside = "" if self.folder == self.root else f"{self.folder.name}/"
+        self._paths = list(self._listing.captions)
+        left_out = sorted(self._listing.skipped, key=lambda item: natural(item[0]))
+        self.skipped = [(_shown(name.removeprefix(self._inside)), reason) for name, reason in left_out]
+        self._tell_of_names()
+
+    groups = None
+
+    @property
+    def where(self) -> str:
+        return str(self.folder)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def path(self, index: int) -> Path:
+        """Where picture `index` lies."""
+        return self.root / self._paths[index]
+
+    def name(self, index: int) -> str:
+        """Path of picture `index` relative to the folder, with forward slashes."""
+        return _shown(self._paths[index].removeprefix(self._inside))
+
+    def content(self, index: int) -> bytes:
+        return read_file(self.path(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._listing.captions[self._paths[index]]
+
+    def second(self, index: int, kind: str) -> bytes | None:
+        """The picture that the metadata's column names, or that lies beside it as `NAME.control.png`."""
+        found = self._listing.seconds(kind).get(self._paths[index])
+        return None if found is None else read_file(self.root / found)
+
+    def known(self, index: int) -> Checked | None:
+        """None: a folder has no index, and its files may change."""
+        del index
+
+    def _tell_of_names(self) -> None:
+        listing = self._listing
+        if 0 < listing.from_names < len(listing.captions):
+            log.warning("%s: %d pictures have their captions from file names only", self.folder, listing.from_names)
+        elif listing.from_names:
+            log.info("%s: captions are the words of the file names, such as %r", self.folder, self.captions(0)[0])
+
+
+class FolderSource(Pictures):
+    """The pictures of a `FolderStore`, each cut to a square of side `resolution` unless `reading` says otherwise.
+
+    Args:
+        path, split, caption_columns, caption, extensions: see `FolderStore`.
+        resolution, crop, reading: see `Reading`; `reading` in place of the other two.
+        more: as `Pictures` takes it.
     """
 
     def __init__(
         self,
         *,
         path: str | Path,
-        resolution: int,
+        resolution: int = 64,
         crop: str = "center",
+        reading: Reading | None = None,
         split: str | None = None,
         caption_columns: tuple[str, ...] = CAPTION_COLUMNS,
         caption: str | None = None,
         extensions: frozenset[str] = EXTENSIONS,
-        max_pixels: int = MAX_PIXELS,
-        controls: bool = False,
+        **more: Any,
     ) -> None:
-        if crop not in CROPS:
-            raise UserError(f"data.crop: {crop!r} is unknown; choose one of {', '.join(CROPS)}")
-        if resolution < 1:
-            raise UserError(f"data.resolution: {resolution} is too small; choose at least 1 pixel")
-        if caption is not None and not with_template((), caption)[0]:
-            raise UserError(
-                f"data.caption: {caption!r} says nothing of a picture without a caption; add words beside {CAPTION}"
-            )
-        self.resolution, self.crop, self.max_pixels = resolution, crop, max_pixels
-        root = _existing(Path(path))
-        self.folder = _choose_split(root, split, extensions)
-        listing = list_folder(root, self.folder, caption_columns, extensions, caption)
-        _require_captions(self.folder, listing, extensions)
-        inside = "" if self.folder == root else f"{self.folder.name}/"
-        names = [name.removeprefix(inside) for name in listing.captions]
-        checked = _check_all([self.folder / name for name in names], max_pixels)
-        self._names = [name for name, (digest, _) in zip(names, checked, strict=True) if digest]
-        self._digests = [digest for digest, _ in checked if digest]
-        self._captions = [listing.captions[inside + name] for name in self._names]
-        broken = [(name, reason) for name, (digest, reason) in zip(names, checked, strict=True) if not digest]
-        left_out = [(name.removeprefix(inside), reason) for name, reason in listing.skipped]
-        skipped = sorted(left_out + broken, key=lambda item: natural(item[0]))
-        self.skipped = [(_shown(name), reason) for name, reason in skipped]
-        if not self._names:
-            first = f"{_shown(broken[0][0])}: {broken[0][1]}"
-            raise UserError(
-                f"{self.folder}: none of its {len(names)} pictures can be used ({first}); replace the broken files"
-            )
-        self._controls, self._control_digests = self._checked_controls(root, inside, listing) if controls else ([], [])
-        self._report(listing)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def key(self) -> str:
-        """The content key: equal keys mean the same pictures and captions in the same order, wherever the folder is."""
-        examples = [[digest, *captions] for digest, captions in zip(self._digests, self._captions, strict=True)]
-        seconds = [self._control_digests] if self._control_digests else []
-        return content_key("folder", VERSION, self.resolution, self.crop, examples, *seconds)
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        """SHA-256 of every picture's file."""
-        return tuple(self._digests)
-
-    def image(self, index: int) -> np.ndarray:
-        """Picture `index`, uint8 [resolution, resolution, 3], sRGB, upright, transparency on white."""
-        return self._read(self.folder / self._names[self._number(index)])
-
-    def control(self, index: int) -> np.ndarray | None:
-        """The second picture of picture `index`, read and cut like the first; None unless asked for with `controls`."""
-        return self._read(self._controls[self._number(index)]) if self._controls else None
-
-    def _read(self, path: Path) -> np.ndarray:
-        try:
-            return fit(decode(path, max_pixels=self.max_pixels, short_side=self.resolution), self.resolution, self.crop)
-        except BadPicture as error:
-            raise UserError(f"{path}: was fine when training began, now {error}; restore it and run again") from error
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Captions of picture `index`, at least one, all different."""
-        return self._captions[self._number(index)]
-
-    def contrasts(self, index: int, caption: str) -> tuple[tuple[str, ...], ...]:
-        """None: what else is true of a photograph nobody has written down."""
-        del index, caption
-        return ()
-
-    def name(self, index: int) -> str:
-        """Path of picture `index` relative to the folder, with forward slashes."""
-        return _shown(self._names[self._number(index)])
-
-    def _checked_controls(self, root: Path, inside: str, listing: Listing) -> tuple[list[Path], list[str]]:
-        """Paths and SHA-256 of the second pictures."""
-        found = [listing.controls.get(inside + name) for name in self._names]
-        paths = [root / control for control in found if control is not None]
-        missing = [name for name, control in zip(self._names, found, strict=True) if control is None]
-        if missing:
-            stem = Path(missing[0]).stem
-            raise UserError(
-                f"{self.folder}: {len(missing)} of {len(found)} pictures have none to follow, the first is "
-                f"{_shown(missing[0])}; put {_shown(stem)}{CONTROL}.png beside it, or name its file in the metadata's "
-                f"column {CONTROL_COLUMN}"
-            )
-        checked = _check_all(paths, self.max_pixels)
-        broken = [(path, reason) for path, (digest, reason) in zip(paths, checked, strict=True) if not digest]
-        if broken:
-            path, reason = broken[0]
-            raise UserError(f"{_shown(str(path))}: {reason}; replace this picture, which a ControlNet is to follow")
-        return paths, [digest for digest, _ in checked]
-
-    def _number(self, index: int) -> int:
-        if not 0 <= index < len(self._names):
-            raise UserError(f"{self.folder}: example {index} does not exist; there are {len(self)}, numbered from 0")
-        return index
-
-    def _report(self, listing: Listing) -> None:
-        for name, reason in self.skipped[:_SHOWN]:
-            log.warning("%s: skipped %s: %s", self.folder, name, reason)
-        if len(self.skipped) > _SHOWN:
-            log.warning("%s: skipped %d files in all", self.folder, len(self.skipped))
-        if 0 < listing.from_names < len(listing.captions):
-            log.warning("%s: %d pictures have their captions from file names only", self.folder, listing.from_names)
-        elif listing.from_names:
-            log.info("%s: captions are the words of the file names, such as %r", self.folder, self._captions[0][0])
-        captions = sum(map(len, self._captions))
-        log.info("%s: %d pictures with %d captions, %d skipped", self.folder, len(self), captions, len(self.skipped))
+        reading = reading or Reading(resolution, crop)
+        store = FolderStore(path, split=split, caption_columns=caption_columns, caption=caption, extensions=extensions)
+        self.folder = store.folder
+        super().__init__(store, reading, **more)
 
 
 def _shown(name: str) -> str:
@@ -220,22 +178,3 @@ def _require_captions(folder: Path, listing: Listing, extensions: frozenset[str]
     if any(reason.startswith(MISSING) for reason in counts):
         raise UserError(f"{folder}: no captions found ({why}); {_HOW}")
     raise UserError(f"{folder}: none of its {counts.total()} pictures can be used ({why}); check data.path")
-
-
-def _check_all(paths: list[Path], max_pixels: int) -> list[tuple[str, str]]:
-    """(sha256, "") of every picture that decodes, ("", reason) of the others, in order; several at a time."""
-
-    def check(path: Path) -> tuple[str, str]:
-        try:
-            content = read_file(path)
-            decode(content, max_pixels=max_pixels)
-        except BadPicture as error:
-            return "", str(error)
-        return hashlib.sha256(content).hexdigest(), ""
-
-    # Pillow decodes without the interpreter's lock. Few threads, for each may hold a large picture.
-    pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1))
-    try:
-        return list(pool.map(check, paths))
-    finally:  # after Ctrl-C nothing that waits is begun
-        pool.shutdown(cancel_futures=True)

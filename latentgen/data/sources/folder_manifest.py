@@ -29,8 +29,8 @@ MISSING = "no caption"
 """How reasons begin that a caption for all would do away with."""
 NO_CAPTION = f"{MISSING} in metadata"
 NO_WORDS = f"{MISSING}: no .txt beside it, and no words in its name"
-CONTROL = ".control"
-"""End of the stem of a picture for a ControlNet to follow."""
+CONTROL, MASK = ".control", ".mask"
+"""End of the stem of a picture for a ControlNet to follow, and of one that says which pixels count."""
 OUTSIDE = "leads outside the folder of pictures; put a copy of the file inside"
 
 Captions = tuple[str, ...]
@@ -40,14 +40,20 @@ Captions = tuple[str, ...]
 class Listing:
     """Captions by the picture's path relative to the root, and what was left out and why; both in natural order.
 
-    `controls`: by the same path, that of the second picture for a ControlNet to follow, where there is one.
+    `controls` and `masks`: by the same path, that of the second picture for a ControlNet to follow, and of the one that
+    says which pixels count, where there is one.
     """
 
     captions: dict[str, Captions] = field(default_factory=dict)
     controls: dict[str, str] = field(default_factory=dict)
+    masks: dict[str, str] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     other_files: int = 0
     from_names: int = 0
+
+    def seconds(self, kind: str) -> dict[str, str]:
+        """Second pictures of the kind "control" or "mask"."""
+        return {"control": self.controls, "mask": self.masks}[kind]
 
 
 def natural(name: str) -> tuple[tuple[str | int, ...], str]:
@@ -65,7 +71,7 @@ def list_folder(
     metadata file is met on that way, a text file of the same stem does, and else the words of the file's name.
 
     `NAME.control.png` (or another ending) beside `NAME.png` is not a picture of its own but the one that a ControlNet
-    follows; so is what the metadata's column `conditioning_image` names.
+    follows; so is what the metadata's column `conditioning_image` names. `NAME.mask.png` says which pixels count.
 
     Args:
         template: takes the place of the words of names: it is the caption of pictures for which none is written, and
@@ -84,7 +90,8 @@ def list_folder(
     on_disk = {posixpath.join(folder, name) for folder, names in files.items() for name in names}
     pictures = {name for name in on_disk if posixpath.splitext(name)[1].lower() in extensions}
     controls = _controls(root, folders, pictures, listed)
-    pictures -= set(controls.values())
+    masks = _beside(MASK, pictures, listed)
+    pictures -= {*controls.values(), *masks.values()}
     real_root = os.path.realpath(root)
     listing.other_files = len(on_disk - pictures)
     for name in sorted(pictures | listed, key=natural):
@@ -98,6 +105,8 @@ def list_folder(
         listing.captions[name] = captions
         if name in controls:
             listing.controls[name] = controls[name]
+        if name in masks:
+            listing.masks[name] = masks[name]
         listing.from_names += from_name
     listing.skipped.sort(key=lambda item: natural(item[0]))
     return listing
@@ -153,12 +162,7 @@ def _table(
 def _controls(root: Path, folders: list[tuple[str, list[str]]], pictures: set[str], listed: set[str]) -> dict[str, str]:
     """Picture -> the picture to follow, both relative to the root: by the nearest metadata file that names one, else by
     its name, unless it is `listed` as a picture of its own. What leads outside or is missing is none."""
-    of_stem = {posixpath.splitext(name)[0]: name for name in sorted(pictures, key=natural, reverse=True)}
-    found: dict[str, str] = {}
-    for stem, name in of_stem.items():
-        picture = of_stem.get(stem.removesuffix(CONTROL))
-        if stem.endswith(CONTROL) and picture is not None and name not in listed:
-            found[picture] = name
+    found = _beside(CONTROL, pictures, listed)
     for folder, names in sorted(folders):  # deeper folders come later, and win
         kind = next((name for name in METADATA if name in names), None)
         for file_name, control in read_controls(root / folder / kind).items() if kind is not None else ():
@@ -167,6 +171,17 @@ def _controls(root: Path, folders: list[tuple[str, list[str]]], pictures: set[st
                 found[picture] = path
     real_root = os.path.realpath(root)
     return {k: path for k, path in found.items() if Path(os.path.realpath(root / path)).is_relative_to(real_root)}
+
+
+def _beside(ending: str, pictures: set[str], listed: set[str]) -> dict[str, str]:
+    """Picture -> the picture beside it whose stem has `ending` more, unless that is `listed` as one of its own."""
+    of_stem = {posixpath.splitext(name)[0]: name for name in sorted(pictures, key=natural, reverse=True)}
+    found: dict[str, str] = {}
+    for stem, name in of_stem.items():
+        picture = of_stem.get(stem.removesuffix(ending))
+        if stem.endswith(ending) and picture is not None and name not in listed:
+            found[picture] = name
+    return found
 
 
 def _inside(root: Path, folder: str, file_name: str) -> str | None:

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from latentgen.core.errors import UserError
 from latentgen.core.files import content_key
 from latentgen.data.images import BadPicture, decode
+from latentgen.data.order import Order, Shuffled
+from latentgen.data.sources.base import CENTRE, Frame, Place, Shape
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,23 @@ class MadePictures:
     def name(self, index: int) -> str:
         return str(self.path(index))
 
-    def image(self, index: int) -> NDArray[np.uint8]:
+    def digest(self, index: int) -> str:
+        return content_key("made", self.folder.name, index)
+
+    def picture_key(self, index: int) -> str:
+        return content_key("made", self.folder.name, index, self.resolution)
+
+    def shape(self, index: int) -> Shape:
+        del index
+        return self.resolution, self.resolution
+
+    def frame(self, index: int, at: Place = CENTRE) -> Frame:
+        """The whole picture: nothing is cut off."""
+        del at
+        return Frame(self.shape(index), (0, 0))
+
+    def image(self, index: int, at: Place = CENTRE) -> NDArray[np.uint8]:
+        del at
         try:
             picture = np.asarray(decode(self.path(index)))
         except BadPicture as error:
@@ -55,11 +73,19 @@ class MadePictures:
     def captions(self, index: int) -> tuple[str, ...]:
         return (self.prompts[index % len(self.prompts)],)
 
-    def control(self, index: int) -> None:
+    def mask(self, index: int, at: Place = CENTRE) -> None:
+        """None: every pixel counts."""
+        del index, at
+
+    def control(self, index: int, at: Place = CENTRE) -> None:
         """None: they are pictures of words alone."""
-        del index
+        del index, at
 
     def contrasts(self, index: int, caption: str) -> tuple[tuple[str, ...], ...]:
         """None: nobody has looked at them."""
         del index, caption
         return ()
+
+    def order(self, batch: int) -> Order:
+        del batch
+        return Shuffled(self.count)

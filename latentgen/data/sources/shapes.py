@@ -15,6 +15,8 @@ import numpy as np
 
 from latentgen.core.errors import UserError
 from latentgen.core.files import content_key
+from latentgen.data.order import Order, Shuffled
+from latentgen.data.sources.base import CENTRE, Frame, Place, Shape
 from latentgen.data.sources.shapes_captions import alterations, captions_of, parse, phrase
 from latentgen.data.sources.shapes_layout import Draws, draw_scene
 from latentgen.data.sources.shapes_render import render
@@ -85,17 +87,37 @@ class ShapesSource:
             raise UserError(f"shapes: example {index} does not exist; there are {self.size}, numbered from 0")
         return draw_scene(index, seed=self.seed, split=self.split)
 
-    def image(self, index: int) -> np.ndarray:
+    def digest(self, index: int) -> str:
+        return content_key("shapes", VERSION, self.seed, self.split, index)
+
+    def picture_key(self, index: int) -> str:
+        return content_key("shapes", VERSION, self.seed, self.split, index, self.resolution)
+
+    def shape(self, index: int) -> Shape:
+        del index
+        return self.resolution, self.resolution
+
+    def frame(self, index: int, at: Place = CENTRE) -> Frame:
+        """The whole picture: nothing is cut off."""
+        del at
+        return Frame(self.shape(index), (0, 0))
+
+    def image(self, index: int, at: Place = CENTRE) -> np.ndarray:
         """Picture `index`, uint8 [resolution, resolution, 3], RGB."""
+        del at
         return render(self.scene(index), self.resolution)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """True captions of picture `index`; the first is the default, one says everything, others say less."""
         return captions_of(self.scene(index), _words(self.seed, self.split, index))
 
-    def control(self, index: int) -> None:
+    def mask(self, index: int, at: Place = CENTRE) -> None:
+        """None: every pixel counts."""
+        del index, at
+
+    def control(self, index: int, at: Place = CENTRE) -> None:
         """None: the world has no second pictures."""
-        del index
+        del index, at
 
     def contrasts(self, index: int, caption: str) -> tuple[tuple[str, ...], ...]:
         """False captions of picture `index`: one shape, colour, size, count, relation or background is changed.
@@ -113,3 +135,7 @@ class ShapesSource:
     def name(self, index: int) -> str:
         """A name for reports: "shapes:train:123"."""
         return f"shapes:{self.split}:{index}"
+
+    def order(self, batch: int) -> Order:
+        del batch
+        return Shuffled(self.size)

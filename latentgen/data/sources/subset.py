@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from latentgen.core.files import content_key
 from latentgen.core.rand import seed_of
-from latentgen.data.sources.base import Source
+from latentgen.data.order import Order
+from latentgen.data.sources.base import CENTRE, Frame, Place, Shape, Source, usual_order
 
 SHARE = 10
 """At most one example in so many is held out ..."""
@@ -34,17 +35,35 @@ class Subset:
     def name(self, index: int) -> str:
         return self.source.name(self.indices[index])
 
-    def image(self, index: int) -> NDArray[np.uint8]:
-        return self.source.image(self.indices[index])
+    def digest(self, index: int) -> str:
+        return self.source.digest(self.indices[index])
+
+    def picture_key(self, index: int) -> str:
+        return self.source.picture_key(self.indices[index])
+
+    def shape(self, index: int) -> Shape:
+        return self.source.shape(self.indices[index])
+
+    def frame(self, index: int, at: Place = CENTRE) -> Frame:
+        return self.source.frame(self.indices[index], at)
+
+    def image(self, index: int, at: Place = CENTRE) -> NDArray[np.uint8]:
+        return self.source.image(self.indices[index], at)
+
+    def mask(self, index: int, at: Place = CENTRE) -> NDArray[np.uint8] | None:
+        return self.source.mask(self.indices[index], at)
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self.source.captions(self.indices[index])
 
-    def control(self, index: int) -> NDArray[np.uint8] | None:
-        return self.source.control(self.indices[index])
+    def control(self, index: int, at: Place = CENTRE) -> NDArray[np.uint8] | None:
+        return self.source.control(self.indices[index], at)
 
     def contrasts(self, index: int, caption: str) -> tuple[tuple[str, ...], ...]:
         return self.source.contrasts(self.indices[index], caption)
+
+    def order(self, batch: int) -> Order:
+        return usual_order(self, batch)
 
 
 def hold_out(digests: Sequence[str], wanted: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
