@@ -136,7 +136,7 @@ def fetcher(model: Model, source: Source, caches: Path | None) -> Callable[[Draw
         return Uncached(model, source)
     moments = cache_latents(model, source, caches, flip=False, share=Share())
     texts = cache_text(model, source, caches, captions=1, share=Share())
-    return CachedBatches(moments, CachedWords(texts.parts(), texts.rows, 0.0), len(source))
+    return CachedBatches(moments, CachedWords(texts.parts(), texts.rows, 0.0))
 
 
 def main() -> None:

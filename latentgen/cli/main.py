@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from latentgen.cli import evaluate, lora, recipe
+from latentgen.cli import data, evaluate, lora, recipe
 from latentgen.cli.ema import ema
 from latentgen.cli.errors import run_app
 from latentgen.cli.exporting import export_model
@@ -33,6 +33,7 @@ app.command()(info)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(lora.app, name="lora")
+app.add_typer(data.app, name="data")
 
 
 def run() -> None:

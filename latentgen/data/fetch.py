@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latentgen.core.rand import Draw
 from latentgen.data.captions import Words, as_tensor, first_captions
+from latentgen.data.latents import CachedLatents
 from latentgen.data.masks import draw_masks
 from latentgen.data.sources.base import Source
 
@@ -101,18 +102,16 @@ class CachedBatches:
     """Cached latents and texts, for the U-Net: neither the VAE nor, as a rule, the text encoder runs.
 
     Args:
-        moments: [variants * n, 2, c, h, w] mean and standard deviation of the raw latents; variant 1 is mirrored.
+        latents: mean and standard deviation of the raw latents of n examples.
         words: what the network reads of the captions of a draw.
-        examples: n.
-        values: by name what else there is of the examples, [n, ...], or [variants * n, ...] where mirroring changes it.
+        values: by name what else there is of the examples, [n, ...].
         pictures: [h, w, 3] of every example, where pixels are needed as well.
         masks: also draw what of the pictures is to be drawn anew.
         controls: example -> [h, w, 3], the picture that a ControlNet is shown beside it.
     """
 
-    moments: NDArray[np.float16]
+    latents: CachedLatents
     words: Words
-    examples: int
     values: Mapping[str, NDArray] = field(default_factory=dict)
     pictures: Source | None = None
     masks: bool = False
@@ -122,18 +121,13 @@ class CachedBatches:
         """`mean` and `std` [b, c, h, w] of raw latents, and [b, ...] all that `words` and `values` name; `image`
         [b, 3, H, W] in [-1, 1] where there are `pictures`, `mask` [b, 1, H, W] of them, 1 where to draw anew; `control`
         [b, 3, H, W] in [0, 1]."""
-        plain = torch.tensor(draw.indices)
-        examples = self.examples
-        mirrored = torch.zeros(len(plain), dtype=torch.bool)
-        if len(self.moments) > examples:
+        numbers = np.array(draw.indices)
+        mirrored = torch.zeros(len(numbers), dtype=torch.bool)
+        if self.latents.mirrors:
             mirrored = draw.uniform("flip") < 0.5
-        at = plain + examples * mirrored
-        moments = as_tensor(self.moments[at.numpy()])
+        moments = as_tensor(self.latents(draw.indices, mirrored.numpy()))
         batch = {"mean": moments[:, 0], "std": moments[:, 1], **self.words(draw)}
-        batch |= {
-            name: as_tensor(value[(at if len(value) > examples else plain).numpy()])
-            for name, value in self.values.items()
-        }
+        batch |= {name: as_tensor(value[numbers]) for name, value in self.values.items()}
         if self.pictures is not None:
             image = to_tensor([self.pictures.image(index) for index in draw.indices])
             image[mirrored] = image[mirrored].flip(-1)

@@ -384,7 +384,7 @@ class Run:
         cache, data = Path(self.recipe.data.cache), self.recipe.data
         with self.watch.following([model.vae, *(tower.encoder for tower in model.towers)]):
             self.watch.mark("caching latents")
-            moments = cache_latents(model, source, cache, flip=data.flip, share=share)
+            latents = cache_latents(model, source, cache, flip=data.flip, share=share)
             self.watch.mark("caching text states")
             if runs_text(training):
                 texts, rows = token_table(model, source, captions=data.captions)
@@ -404,7 +404,7 @@ class Run:
             if keeps(self.recipe) and source is self.source:
                 values["kept"] = source.part_numbers() == 1  # with_prior: the class is the second part
         words = CachedWords(texts, rows, self.recipe.diffusion.caption_dropout)
-        batches = CachedBatches(moments, words, len(source), values)
+        batches = CachedBatches(latents, words, values)
         return conditioned(self.recipe, model, source, batches)
 
     def _frozen(self, network: Any) -> Any:

@@ -20,7 +20,8 @@ from latentgen.core.files import content_key
 from latentgen.data.cache import ArrayCache
 from latentgen.data.captions import first_captions
 from latentgen.data.fetch import to_tensor
-from latentgen.data.sources.base import Source
+from latentgen.data.latents import CachedLatents
+from latentgen.data.sources.base import Shape, Source, shapes_of
 from latentgen.formats.model import Model
 from latentgen.models.autoencoder import encode_moments, factor
 from latentgen.models.text import pooled_width, prompt_length, states_width, tokenize
@@ -51,33 +52,48 @@ def weights_key(network: nn.Module) -> str:
 
 
 @torch.no_grad()
-def cache_latents(model: Model, source: Source, folder: Path, *, flip: bool, share: Share) -> NDArray[np.float16]:
-    """Mean and standard deviation of every example's raw latents, `[variants * n, 2, c, h/f, w/f]` float16.
+def cache_latents(model: Model, source: Source, folder: Path, *, flip: bool, share: Share) -> CachedLatents:
+    """Mean and standard deviation of every example's raw latents, an array for each shape.
 
     Whitening and the draw from the posterior happen later, so they may change without a new cache.
 
     Args:
-        folder: all caches; this one is the subfolder named by VAE, pictures and mirroring.
-        flip: a second variant of every picture, mirrored, follows the first n rows.
+        folder: all caches; these are subfolders named by VAE, pictures and mirroring.
+        flip: a second variant of every picture, mirrored, follows the first ones.
 
     Raises:
         UserError: a latent is not finite or does not fit float16.
     """
-    vae, n = model.vae, len(source)
-    side = source.image(0).shape[0] // factor(vae)
-    key = content_key("latents", VERSION, weights_key(vae), source.key(), flip)
-    shape = (2, model.latent_channels, side, side)
-    cache = ArrayCache(folder / "latents" / key, n * (1 + flip), shape, "latents")
+    shapes, which = shapes_of(source)
+    rows = np.zeros(len(source), dtype=np.int64)
+    arrays = []
+    for number, shape in enumerate(shapes):
+        members = np.flatnonzero(which == number)
+        rows[members] = np.arange(len(members))
+        arrays.append(_cache_shape(model, source, members, shape, folder, flip, share))
+    return CachedLatents(tuple(arrays), which, rows, flip)
+
+
+def _cache_shape(
+    model: Model, source: Source, members: NDArray[np.int64], shape: Shape, folder: Path, flip: bool, share: Share
+) -> NDArray[np.float16]:
+    """The latents of the examples of one shape, `[variants * m, 2, c, h/f, w/f]`."""
+    vae, m, times = model.vae, len(members), factor(model.vae)
+    pictures = [source.picture_key(int(index)) for index in members]
+    key = content_key("latents", VERSION, weights_key(vae), pictures, flip)
+    values_shape = (2, model.latent_channels, shape[0] // times, shape[1] // times)
+    cache = ArrayCache(folder / "latents" / key, m * (1 + flip), values_shape, "latents")
 
     def compute(rows: range) -> NDArray[np.float16]:
-        image = to_tensor([source.image(row % n) for row in rows])
-        mirrored = torch.tensor([row >= n for row in rows])
+        image = to_tensor([source.image(int(members[row % m])) for row in rows])
+        mirrored = torch.tensor([row >= m for row in rows])
         image[mirrored] = image[mirrored].flip(-1)
         moments = [torch.stack(encode_moments(vae, part.to(vae.device)), dim=1).cpu() for part in image.split(32)]
         values = torch.cat(moments).to(torch.float16)
         bad = (~values.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
         if bad:
-            raise UserError(f"the VAE gives latents that are not finite for {source.name(rows[bad[0]] % n)}")
+            name = source.name(int(members[rows[bad[0]] % m]))
+            raise UserError(f"the VAE gives latents that are not finite for {name}")
         return values.numpy()
 
     cache.fill(compute, rank=share.rank, world=share.world, alive=share.alive)

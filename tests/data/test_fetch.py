@@ -14,6 +14,7 @@ from latentgen.core.rand import Draw
 from latentgen.data.captions import CachedWords
 from latentgen.data.controls import Controls
 from latentgen.data.fetch import CachedBatches, PictureBatches, to_tensor
+from latentgen.data.latents import of_one_shape
 from latentgen.data.masks import draw_masks
 
 DrawOf = Callable[..., Draw]
@@ -41,7 +42,7 @@ def cached(variants: int = 1, dropout: float = 0.0, examples: int = 8) -> Cached
     moments[:, 1] = moments[:, 0] + 0.5
     states = np.broadcast_to(np.arange(2 * examples + 1, dtype=np.float16).reshape(-1, 1, 1), (2 * examples + 1, 3, 2))
     rows = [(2 * i + 1, 2 * i + 2) for i in range(examples)]
-    return CachedBatches(moments, CachedWords({"context": states}, rows, dropout), examples)
+    return CachedBatches(of_one_shape(moments, mirrors=variants > 1), CachedWords({"context": states}, rows, dropout))
 
 
 def test_to_tensor_maps_bytes_to_one() -> None:

@@ -19,6 +19,7 @@ from latentgen.core.errors import UserError
 from latentgen.data.captions import CachedWords
 from latentgen.data.edges import edges
 from latentgen.data.fetch import CachedBatches
+from latentgen.data.latents import of_one_shape
 from latentgen.formats.model import Model
 from latentgen.models.control import widen
 from latentgen.pipelines.editing import hole_of
@@ -113,7 +114,8 @@ def cached(examples: int = 8) -> CachedBatches:
     source = np.random.default_rng(0)
     moments = np.abs(source.standard_normal((2 * examples, 2, 4, 4, 4))).astype(np.float16)
     states = source.standard_normal((examples + 1, 10, 16)).astype(np.float16)
-    return CachedBatches(moments, CachedWords({"context": states}, [(i + 1,) for i in range(examples)], 0.3), examples)
+    words = CachedWords({"context": states}, [(i + 1,) for i in range(examples)], 0.3)
+    return CachedBatches(of_one_shape(moments, mirrors=True), words)
 
 
 KINDS = {"inpainting": (INPAINTING, {"image", "mask"}), "control": (CONTROL, {"control"})}

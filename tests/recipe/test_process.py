@@ -17,6 +17,7 @@ from latentgen.core.errors import UserError
 from latentgen.core.rand import Draw
 from latentgen.data.captions import CachedWords
 from latentgen.data.fetch import CachedBatches
+from latentgen.data.latents import of_one_shape
 from latentgen.diffusion.parameterization import EDM, VE, Flow, V
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import load_model, save_model
@@ -55,7 +56,8 @@ def cached() -> CachedBatches:
     moments = np.full((8, 2, 4, 4, 4), 0.05, np.float16)
     moments[:, 0] = source.standard_normal((8, 4, 4, 4))
     states = source.standard_normal((17, 10, 16)).astype(np.float16)
-    return CachedBatches(moments, CachedWords({"context": states}, [(2 * i + 1, 2 * i + 2) for i in range(8)], 0.0), 8)
+    words = CachedWords({"context": states}, [(2 * i + 1, 2 * i + 2) for i in range(8)], 0.0)
+    return CachedBatches(of_one_shape(moments), words)
 
 
 def made(recipe: Recipe, tiny: Model) -> Model:

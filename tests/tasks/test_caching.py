@@ -27,7 +27,7 @@ def kept(folder: Path, kind: str) -> set[str]:
 
 def test_latents_are_the_encoders_moments(tiny: Model, few: Callable, tmp_path: Path) -> None:
     source = few(6)
-    values = cache_latents(tiny, source, tmp_path, flip=True, share=Share())
+    values = cache_latents(tiny, source, tmp_path, flip=True, share=Share()).arrays[0]
     image = to_tensor([source.image(i) for i in range(6)])
     with torch.no_grad():
         plain, mirrored = encode_moments(tiny.vae, image), encode_moments(tiny.vae, image.flip(-1))
@@ -68,14 +68,14 @@ def test_the_name_changes_with_what_the_latents_depend_on(
 def test_a_second_run_does_not_encode_again(
     tiny: Model, few: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = np.array(cache_latents(tiny, few(2), tmp_path, flip=False, share=Share()))
+    first = np.array(cache_latents(tiny, few(2), tmp_path, flip=False, share=Share()).arrays[0])
 
     def fail(*inputs: object) -> None:
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(caching, "encode_moments", fail)
     monkeypatch.setattr(Model, "encode", fail)
-    assert np.array_equal(cache_latents(tiny, few(2), tmp_path, flip=False, share=Share()), first)
+    assert np.array_equal(cache_latents(tiny, few(2), tmp_path, flip=False, share=Share()).arrays[0], first)
     with pytest.raises(AssertionError, match="encoded again"):
         cache_text(tiny, few(2), tmp_path, captions=None, share=Share())
 

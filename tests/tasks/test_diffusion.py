@@ -17,6 +17,7 @@ from torch import Tensor
 from latentgen.core.rand import Draw
 from latentgen.data.captions import CachedWords
 from latentgen.data.fetch import CachedBatches
+from latentgen.data.latents import of_one_shape
 from latentgen.diffusion.losses import min_snr, unit
 from latentgen.diffusion.noise import student
 from latentgen.diffusion.noise_levels import uniform
@@ -36,9 +37,8 @@ def cached(dropout: float = 0.3) -> CachedBatches:
     moments = source.standard_normal((8, 2, 4, 4, 4)).astype(np.float16)
     moments[:, 1] = np.abs(moments[:, 1])
     states = source.standard_normal((17, 10, 16)).astype(np.float16)
-    return CachedBatches(
-        moments, CachedWords({"context": states}, [(2 * i + 1, 2 * i + 2) for i in range(8)], dropout), 8
-    )
+    words = CachedWords({"context": states}, [(2 * i + 1, 2 * i + 2) for i in range(8)], dropout)
+    return CachedBatches(of_one_shape(moments), words)
 
 
 def objective(model: Model, weight: Callable[..., Tensor] = unit) -> Objective:

@@ -1,0 +1,15 @@
+"""`latentgen data`: look at pictures and captions, pack them, cache them."""
+
+from __future__ import annotations
+
+import typer
+
+from latentgen.core.log import setup_logging
+
+app = typer.Typer(help="Look at pictures and captions; pack and cache them.", no_args_is_help=True)
+
+
+@app.callback()
+def data() -> None:
+    """Look at pictures and captions; pack and cache them."""
+    setup_logging()
