@@ -1,7 +1,8 @@
 """Texts longer than a text encoder reads: broken at word borders into pieces that are read one by one.
 
 A piece has a start and an end of its own and is as long as the text encoder reads; the states of all pieces stand side
-by side. So do AUTOMATIC1111's web UI and kohya's scripts (`max_token_length`) with prompts longer than 77 tokens.
+by side. So do AUTOMATIC1111's web UI and ComfyUI with prompts longer than 77 tokens. (kohya's scripts leave out the
+states of the starts and ends that stand inside.)
 """
 
 from __future__ import annotations
