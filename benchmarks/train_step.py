@@ -302,7 +302,7 @@ def flops_an_image(model: Path, resolution: int) -> float:
     unet, side = found.unet.train().requires_grad_(True), resolution // 8
     unet.to(device="meta")  # type: ignore[call-arg]
     x = torch.empty(1, unet.config["in_channels"], side, side, device="meta")
-    context = torch.empty(1, prompt_length(found.towers), states_width(found.towers), device="meta")
+    context = torch.empty(1, prompt_length(found.towers, found.chunks), states_width(found.towers), device="meta")
     with FlopCounterMode(display=False) as counter:
         out = unet(x, torch.zeros(1, device="meta"), encoder_hidden_states=context, return_dict=False)[0]
         out.sum().backward()

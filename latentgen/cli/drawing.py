@@ -18,7 +18,7 @@ from latentgen.formats.control import with_control
 from latentgen.formats.model import Model
 from latentgen.formats.opening import Opened, open_model
 from latentgen.models.autoencoder import factor
-from latentgen.pipelines.generate import Request, check, generate, parameters_line, remark
+from latentgen.pipelines.generate import Request, check, generate, parameters_line, remarks
 from latentgen.pipelines.pictures import grid, save_png
 
 logger = logging.getLogger("latentgen.sample")
@@ -79,7 +79,7 @@ def require_drawable(requests: Sequence[Request], model: Model) -> None:
     """Raise UserError for the first request that the model cannot draw; warn, once, of what is ignored."""
     for request in requests:
         check(request, model)
-    for line in {remark(request, model) for request in requests} - {None}:
+    for line in dict.fromkeys(line for request in requests for line in remarks(request, model)):
         logger.warning("%s", line)
 
 

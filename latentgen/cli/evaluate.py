@@ -45,7 +45,7 @@ def shapes(
     folder = model or find_model(runs)
     from latentgen.cli.drawing import default_side, open_here
     from latentgen.evals import shapes_prompts, shapes_report
-    from latentgen.pipelines.generate import Request, check, generate, remark, steps_of
+    from latentgen.pipelines.generate import Request, check, generate, remarks, steps_of
 
     opened = open_here(folder, device)
     prompts = shapes_prompts.standing_prompts(quick=quick)
@@ -66,7 +66,7 @@ def shapes(
 
     example = request("", seed)
     check(example, opened.model)
-    if (line := remark(example, opened.model)) is not None:
+    for line in remarks(example, opened.model):
         logger.warning("%s", line)
     with progress("drawing", "step", total=steps_of([example] * (len(prompts) * num))) as bar:
 

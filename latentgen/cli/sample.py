@@ -71,6 +71,13 @@ def sample(
         typer.Option(help="How to guide: NAME[,key=value]..., such as interval,low=0.3,high=6; several may be given."),
     ] = None,
     negative_prompt: Annotated[str, typer.Option(help="What to stay away from.")] = "",
+    chunks: Annotated[
+        int | None,
+        typer.Option(help="Read long prompts in at most so many pieces; 1 cuts them; default: as many as they take."),
+    ] = None,
+    emphasis: Annotated[
+        bool, typer.Option(help="(word:1.3), (word) and [word] say how much words count; \\( is a bracket.")
+    ] = True,
     sampler: Annotated[
         str,
         typer.Option(
@@ -140,6 +147,8 @@ def sample(
             control_start=control_start,
             control_end=control_end,
             control_edges=control_edges,
+            chunks=chunks,
+            emphasis=emphasis,
         )
         for prompt in wanted
         for number in range(num)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latentgen.core.rand import Draw
-from latentgen.data.captions import Words, as_tensor, first_captions
+from latentgen.data.captions import TagDraws, Words, as_tensor, drawn_captions
 from latentgen.data.latents import CachedLatents
 from latentgen.data.masks import draw_masks
 from latentgen.data.sources.base import Source
@@ -42,6 +42,7 @@ class PictureBatches:
             drawing is plain background, which teaches an autoencoder little.
         captions: at most so many captions of an example take part (None: all); 0 leaves captions out.
         contrasts: false captions drawn for each picture, where the source knows any.
+        tags: what is drawn of a caption's tags, and of those of its false captions alike; None takes them as they are.
     """
 
     source: Source
@@ -51,6 +52,7 @@ class PictureBatches:
     patch_tries: int = 1
     captions: int | None = None
     contrasts: int = 0
+    tags: TagDraws | None = None
 
     def __call__(self, draw: Draw) -> dict[str, Any]:
         """`image` [b, 3, h, w] in [-1, 1]; `caption`, b strings; `contrast`, b tuples of strings."""
@@ -62,10 +64,11 @@ class PictureBatches:
             image = self._cut(image, draw, self.patch)
         if self.captions == 0:
             return {"image": image}
-        choice = draw.uniform("caption").tolist()
-        options = [first_captions(self.source, index, self.captions) for index in draw.indices]
-        caption = [o[int(c * len(o))] for o, c in zip(options, choice, strict=True)]
-        return {"image": image, "caption": caption, "contrast": self._contrasts(draw, caption)}
+        caption = drawn_captions(draw, self.source, self.captions)
+        texts = [[own, *false] for own, false in zip(caption, self._contrasts(draw, caption), strict=True)]
+        if self.tags is not None:
+            texts = self.tags(draw, texts)
+        return {"image": image, "caption": [t[0] for t in texts], "contrast": [tuple(t[1:]) for t in texts]}
 
     def _contrasts(self, draw: Draw, caption: Sequence[str]) -> list[tuple[str, ...]]:
         """For each caption, false ones: first which respect differs is drawn, then how."""

@@ -24,7 +24,7 @@ from latentgen.formats.embeddings import Embedding, write_embedding
 from latentgen.formats.folder_check import read_json, weight_files
 from latentgen.formats.lora.file import LoraFile
 from latentgen.formats.lora.writing import write_lora
-from latentgen.formats.model import Model
+from latentgen.formats.model import Model, stated_chunks
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class AdapterFolder:
         lora: the file of small matrices, or None.
         embeddings: learned word -> file.
         metadata: JSON values; what trained it.
+        chunks: pieces that every text was read in when it was trained.
     """
 
     base: str
@@ -44,6 +45,7 @@ class AdapterFolder:
     lora: Path | None
     embeddings: Mapping[str, Path]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    chunks: int = 1
 
 
 def unet_hash(folder: Path) -> str:
@@ -92,6 +94,7 @@ def write_adapter(
                 "unet_sha256": unet_sha256,
                 "lora": files,
                 "embeddings": spelled,
+                "chunks": model.chunks,
                 "metadata": dict(metadata),
             },
         )
@@ -121,6 +124,7 @@ def read_adapter(folder: Path) -> AdapterFolder:
             Path(folder) / lora[0] if lora else None,
             {word: Path(folder) / file for word, file in embeddings.items()},
             index.get("metadata", {}),
+            stated_chunks(index, str(folder)),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}/{ADAPTER_INDEX}: {error} is missing or broken; copy or download it again") from error

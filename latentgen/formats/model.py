@@ -14,7 +14,9 @@ from latentgen.core.errors import UserError
 from latentgen.diffusion.parameterization import Parameterization
 from latentgen.formats.scheduler import parameterization
 from latentgen.models.autoencoder import Vae
+from latentgen.models.chunks import MAX_CHUNKS
 from latentgen.models.context import Context, size_count, zero
+from latentgen.models.emphasis import encode_prompts, plain
 from latentgen.models.text import Tower, encode_text, pooled_width, projects, prompt_length, states_width
 from latentgen.models.tokens import LearnedTokens, put
 
@@ -36,6 +38,7 @@ class Model:
         control: a network beside the U-Net that is shown a picture (ControlNet, arXiv 2302.05543); it has a folder of
             its own, not one in the model's.
         tokens: words that the text encoders are learning; in a finished model they are rows like all others.
+        chunks: pieces that every text was read in when the U-Net was trained.
     """
 
     vae: Vae
@@ -47,6 +50,7 @@ class Model:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     control: ControlNetModel | None = None
     tokens: LearnedTokens | None = None
+    chunks: int = 1
 
     def parameterization(self) -> Parameterization:
         """What `prediction` and `schedule` mean.
@@ -90,14 +94,20 @@ class Model:
         """How many numbers of micro-conditioning the U-Net reads: 0, 5 or 6."""
         return size_count(self.unet, pooled_width(self.towers))
 
-    def encode(self, captions: Sequence[str]) -> Context:
-        """What the U-Net reads of captions, without sizes; empty ones are zeros where `zero_empty`."""
+    def encode(self, captions: Sequence[str], chunks: int | None = None, *, emphasis: bool = False) -> Context:
+        """What the U-Net reads of captions, without sizes; empty ones are zeros where `zero_empty`.
+
+        Args:
+            chunks: pieces that each is read in; None: as many as in training.
+            emphasis: brackets say how much words count (`models.emphasis`); else they are signs like others.
+        """
         if self.tokens is not None:
             put(self.tokens(), {tower.name: tower.encoder for tower in self.towers})
-        context = encode_text(self.towers, captions)
+        context = (encode_prompts if emphasis else encode_text)(self.towers, captions, chunks or self.chunks)
         if not self.zero_empty:
             return context
-        return zero(context, torch.tensor([caption == "" for caption in captions], device=context.states.device))
+        texts = [plain(caption) for caption in captions] if emphasis else captions
+        return zero(context, torch.tensor([text == "" for text in texts], device=context.states.device))
 
     def require_fit(self, where: str) -> None:
         """Raise UserError where parts of different models were put together."""
@@ -129,6 +139,18 @@ class Model:
             )
         for tower in self.towers:
             _require_words(tower, prompt_length(self.towers), where)
+
+
+def stated_chunks(content: Mapping[str, Any], where: str) -> int:
+    """What latentgen.json or adapter.json says of `Model.chunks`; 1 where it says nothing.
+
+    Raises:
+        UserError: it says something impossible.
+    """
+    chunks = content.get("chunks", 1)
+    if not isinstance(chunks, int) or not 1 <= chunks <= MAX_CHUNKS:
+        raise UserError(f"{where}: chunks is {chunks}, which must be a number from 1 to {MAX_CHUNKS}; correct it")
+    return chunks
 
 
 def _require_words(tower: Tower, length: int, where: str) -> None:

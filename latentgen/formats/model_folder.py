@@ -26,7 +26,7 @@ from latentgen.core.errors import UserError
 from latentgen.core.files import write_folder, write_json
 from latentgen.core.tensors import require_finite
 from latentgen.formats.folder_check import INDEX, check_folder, read_json
-from latentgen.formats.model import Model
+from latentgen.formats.model import Model, stated_chunks
 from latentgen.formats.model_index import model_index
 from latentgen.formats.parts import NETWORKS
 from latentgen.formats.scheduler import read_schedule, scheduler_config
@@ -72,7 +72,8 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None, *, 
                 _open_in_float32(target / tower.name / "config.json")
                 tower.tokenizer.save_pretrained(target / tower.tokenizer_name)
         write_json(target / SCHEDULER, scheduler)
-        write_json(target / METADATA, {"latentgen": __version__, "metadata": dict(model.metadata)})
+        about = {"latentgen": __version__, "chunks": model.chunks, "metadata": dict(model.metadata)}
+        write_json(target / METADATA, about)
         if clip is not None:
             from latentgen.models.clip import save_clip
 
@@ -160,6 +161,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
         schedule=schedule,
         zero_empty=bool(read_json(folder / INDEX).get("force_zeros_for_empty_prompt", False)),
         metadata=load_metadata(folder),
+        chunks=stated_chunks(read_json(folder / METADATA), str(folder)) if (folder / METADATA).is_file() else 1,
     )
     model.require_fit(str(folder))
     return model

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from latentgen.core.errors import UserError
-from latentgen.formats.model import Model
+from latentgen.formats.model import Model, stated_chunks
 from latentgen.formats.model_folder import quiet_libraries
 from latentgen.formats.part_check import build_part, check_part
 from latentgen.formats.parts import TOKENIZERS, Parts
@@ -57,6 +57,7 @@ def model_of(parts: Parts, where: str, device: torch.device | str = "cpu", dtype
         schedule=schedule,
         zero_empty=bool(parts.pipeline.get("force_zeros_for_empty_prompt", False)),
         metadata=parts.metadata,
+        chunks=stated_chunks(parts.metadata, where),
     )
     model.require_fit(where)
     return model

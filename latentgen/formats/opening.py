@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -70,6 +70,7 @@ def open_model(
     if adapter is not None:
         if sha256 != adapter.unet_sha256:
             logger.warning("%s was learned with another U-Net than %s has now: expect other pictures", path, folder)
+        model = replace(model, chunks=adapter.chunks)
         loras = [*([] if adapter.lora is None else [(adapter.lora, 1.0)]), *loras]
         words = [*(read_embedding(file, word) for word, file in adapter.embeddings.items()), *words]
     for word in words:

@@ -7,8 +7,6 @@ two special tokens last) are those of CLIP (arXiv 2103.00020 section 2.4), so th
 from __future__ import annotations
 
 import json
-import logging
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +17,9 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from latentgen.core.errors import UserError
+from latentgen.models.chunks import MARKERS, fitted, pieces_of, words_of
 from latentgen.models.context import Context
 from latentgen.models.words import expand_prompt
-
-log = logging.getLogger(__name__)
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -89,43 +86,69 @@ def _pack(symbols: list[str], merges: list[tuple[str, str]], max_length: int) ->
     return CLIPTokenizer(vocab=vocab, merges=packed, model_max_length=max_length)
 
 
-def tokens_cut(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[int]:
-    """For each caption, how many tokens do not fit into `model_max_length`; 0 means that all do."""
-    lengths = (len(ids) for ids in _untruncated(tokenizer, captions))
-    return [max(0, length - tokenizer.model_max_length) for length in lengths]
+def tokens_cut(tokenizer: CLIPTokenizer, captions: Sequence[str], chunks: int = 1) -> list[int]:
+    """For each caption, how many tokens fit into none of `chunks` pieces of `model_max_length`; 0: all are read."""
+    return [len(cut) for cut in cut_tokens(tokenizer, captions, chunks)]
+
+
+def cut_tokens(tokenizer: CLIPTokenizer, captions: Sequence[str], chunks: int = 1) -> list[list[int]]:
+    """For each caption, the ids of those tokens."""
+    room = tokenizer.model_max_length - MARKERS
+    rows = zip(captions, _untruncated(tokenizer, captions), strict=True)
+    return [
+        [] if len(row) <= room + MARKERS else fitted(words_of(tokenizer, caption), room, chunks)[1]
+        for caption, row in rows
+    ]
+
+
+def chunks_needed(tokenizer: CLIPTokenizer, caption: str) -> int:
+    """Pieces that all of a caption takes."""
+    return len(pieces_of(words_of(tokenizer, caption), tokenizer.model_max_length - MARKERS))
+
+
+def shown(tokenizer: CLIPTokenizer, tokens: Sequence[int], length: int = 80) -> str:
+    """Tokens as text, at most `length` signs of it."""
+    text = str(tokenizer.decode(list(tokens)))
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _untruncated(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[list[int]]:
-    return tokenizer(list(captions), truncation=False, padding=False, verbose=False).input_ids if captions else []
+    """Token ids with start and end; learned words of several vectors are spelled out."""
+    whole = [expand_prompt(tokenizer, caption) for caption in captions]
+    return tokenizer(whole, truncation=False, padding=False, verbose=False).input_ids if whole else []
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """Token ids [b, t] (int64) of captions, start and end added, cut and padded to t = `model_max_length`.
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], chunks: int = 1) -> Tensor:
+    """Token ids `[b, chunks * t]` (int64) of captions, t = `model_max_length`: pieces side by side, each with a start
+    and an end, padded to t. Pieces that a caption does not need are those of the empty one; tokens that fit into no
+    piece are cut (`tokens_cut` tells).
 
-    The same ids as StableDiffusionPipeline makes. Learned words of several vectors are spelled out. The first caption
-    that is cut is reported in the log, once.
+    With one piece the same ids as StableDiffusionPipeline makes. Learned words of several vectors are spelled out.
     """
-    rows = _untruncated(tokenizer, [expand_prompt(tokenizer, caption) for caption in captions])
     length = tokenizer.model_max_length
-    padding: Any = tokenizer.pad_token_id
-    ids = torch.full((len(rows), length), padding, dtype=torch.int64)
-    for row, caption, target in zip(rows, captions, ids, strict=True):
-        if len(row) > length:
-            _report_cut(length, len(row) - length, caption)
-            row = [*row[: length - 1], row[-1]]
-        target[: len(row)] = torch.tensor(row, dtype=torch.int64)
+    ids = blank(tokenizer, len(captions), chunks)
+    for row, caption, target in zip(_untruncated(tokenizer, captions), captions, ids, strict=True):
+        if len(row) <= length:
+            target[: len(row)] = torch.tensor(row, dtype=torch.int64)
+        else:
+            put_pieces(tokenizer, target, fitted(words_of(tokenizer, caption), length - MARKERS, chunks)[0])
     return ids
 
 
-def _report_cut(length: int, cut: int, caption: str) -> None:
-    if _cut_reported.is_set():
-        return
-    _cut_reported.set()
-    shown = caption if len(caption) <= 80 else caption[:77] + "..."
-    log.warning('caption too long: its last %d tokens are cut, %d fit (reported once): "%s"', cut, length, shown)
+def blank(tokenizer: CLIPTokenizer, rows: int, chunks: int) -> Tensor:
+    """Token ids `[rows, chunks * t]` of nothing: the empty caption in every piece."""
+    padding: Any = tokenizer.pad_token_id
+    piece = torch.full((tokenizer.model_max_length,), padding, dtype=torch.int64)
+    piece[:MARKERS] = torch.tensor(_untruncated(tokenizer, [""])[0], dtype=torch.int64)
+    return piece.repeat(rows, chunks)
 
 
-_cut_reported = threading.Event()  # loader threads tokenize too
+def put_pieces(tokenizer: CLIPTokenizer, target: Tensor, pieces: Sequence[Sequence[int]]) -> None:
+    """Write pieces, each of at most t - 2 ids, into a row `[n * t]` of `blank`."""
+    end: Any = tokenizer.eos_token_id
+    for piece, own in zip(target.view(-1, tokenizer.model_max_length), pieces, strict=False):
+        piece[1 : len(own) + 1] = torch.tensor(own, dtype=torch.int64)
+        piece[len(own) + 1] = end
 
 
 @dataclass(frozen=True)
@@ -146,29 +169,44 @@ class Tower:
         return self.name.replace("text_encoder", "tokenizer")
 
 
-def encode_text(towers: Sequence[Tower], captions: Sequence[str]) -> Context:
+def encode_text(towers: Sequence[Tower], captions: Sequence[str], chunks: int = 1) -> Context:
     """What the U-Net reads of captions, one row each, without sizes. There is no attention mask: padding takes part.
 
     Of one tower without projection these are its last hidden states after the final normalisation, as in Stable
     Diffusion 1 and 2. With projections (SDXL, arXiv 2307.01952, section 2.1) they are the last but one of every tower,
     side by side, and the last tower's projection is the pooled text.
+
+    Args:
+        chunks: pieces that each caption is read in; their states stand one after the other, `[b, chunks * t, d]`, and
+            the pooled text is the first piece's.
     """
-    return encode_tokens(towers, [tokenize(tower.tokenizer, captions) for tower in towers])
+    return encode_tokens(towers, [tokenize(tower.tokenizer, captions, chunks) for tower in towers])
 
 
 def encode_tokens(towers: Sequence[Tower], tokens: Sequence[Tensor], encoders: Sequence[Any] = ()) -> Context:
-    """`encode_text` of token ids `[b, t]`, one tensor a tower.
+    """`encode_text` of token ids `[b, n * t]`, one tensor a tower, t = `prompt_length` and n pieces.
 
     Args:
         encoders: called in place of the towers' own, as wrappers and averages of them are in training.
     """
     called = list(encoders) or [tower.encoder for tower in towers]
-    pairs = [(call, ids.to(own.encoder.device)) for call, own, ids in zip(called, towers, tokens, strict=True)]
+    length = prompt_length(towers)
+    shape = (len(tokens[0]), tokens[0].shape[1] // length)
+    pairs = [
+        (call, ids.to(own.encoder.device).reshape(-1, length))
+        for call, own, ids in zip(called, towers, tokens, strict=True)
+    ]
     if not projects(towers):
         ((encoder, ids),) = pairs
-        return Context(encoder(input_ids=ids).last_hidden_state)
+        return Context(_side_by_side(encoder(input_ids=ids).last_hidden_state, *shape))
     given = [encoder(input_ids=ids, output_hidden_states=True) for encoder, ids in pairs]
-    return Context(torch.cat([out.hidden_states[-2] for out in given], dim=-1), given[-1].text_embeds)
+    states = torch.cat([out.hidden_states[-2] for out in given], dim=-1)
+    return Context(_side_by_side(states, *shape), given[-1].text_embeds.unflatten(0, shape)[:, 0])
+
+
+def _side_by_side(states: Tensor, captions: int, chunks: int) -> Tensor:
+    """States `[b * n, t, d]` of pieces to `[b, n * t, d]`."""
+    return states.unflatten(0, (captions, chunks)).flatten(1, 2)
 
 
 def projects(towers: Sequence[Tower]) -> bool:
@@ -186,6 +224,6 @@ def pooled_width(towers: Sequence[Tower]) -> int:
     return int(towers[-1].encoder.config.projection_dim or 0) if projects(towers) else 0
 
 
-def prompt_length(towers: Sequence[Tower]) -> int:
-    """Tokens t of a caption, padded or cut; all towers read as many."""
-    return min(tower.tokenizer.model_max_length for tower in towers)
+def prompt_length(towers: Sequence[Tower], chunks: int = 1) -> int:
+    """Tokens `chunks * t` of a caption, padded or cut; all towers read as many."""
+    return chunks * min(tower.tokenizer.model_max_length for tower in towers)

@@ -36,6 +36,7 @@ from latentgen.pipelines.control import check_control, control_of
 from latentgen.pipelines.editing import check_edit, given, steps_left, strength_of
 from latentgen.pipelines.guiding import Wish, check_guidance, check_negative_prompt, guided, split_prompt, weak_model
 from latentgen.pipelines.pictures import to_pictures
+from latentgen.pipelines.prompts import check_chunks, chunks_of, cut_remarks, longest
 
 FITTED = "fitted"
 """The schedule that `latentgen fit-schedule` found for the model, the sampler and the number of steps."""
@@ -66,6 +67,9 @@ class Request:
         control_scale: how much of what the ControlNet says is added; 0 draws as without.
         control_start, control_end: shares of the steps from which and until which it counts.
         control_edges: it is shown the edges found in `control`.
+        chunks: texts that are too long for the text encoder are read in at most so many pieces; None: in as many as
+            they take, up to `models.chunks.MAX_CHUNKS`.
+        emphasis: brackets say how much words count, as in "a (red:1.3) circle" (`models.emphasis`).
     """
 
     prompt: str
@@ -86,6 +90,8 @@ class Request:
     control_start: float = 0.0
     control_end: float = 1.0
     control_edges: bool = False
+    chunks: int | None = None
+    emphasis: bool = True
 
 
 def check(request: Request, model: Model) -> None:
@@ -101,6 +107,7 @@ def check(request: Request, model: Model) -> None:
     if not -(2**63) <= request.seed < 2**64:
         raise UserError(f"--seed {request.seed}: choose one of 64 bits, such as 0 to {2**63 - 1}")
     check_negative_prompt(request.guidance, request.negative_prompt)
+    check_chunks(request)
     own_steps = find_sampler(request.sampler).own_steps
     check_edit(request, own_steps)
     check_control(request, model, own_steps)
@@ -135,7 +142,7 @@ def generate(
     for request in requests:
         check(request, model)
     weak = {guidance: weak_model(guidance, model) for guidance in dict.fromkeys(r.guidance for r in requests)}
-    for _, alike in groupby(requests, key=_settings):
+    for _, alike in groupby(requests, key=lambda request: _settings(request, model)):
         group = list(alike)
         for at in range(0, len(group), batch_size):
             batch = group[at : at + batch_size]
@@ -182,30 +189,36 @@ def _fitted(request: Request, model: Model) -> Fitted:
     return find_fitted(model.metadata, sampler, request.num_inference_steps, request.guidance_scale, guidance)
 
 
-def remark(request: Request, model: Model) -> str | None:
-    """What to know before drawing: that the fitted schedule was fitted with other guidance than is asked for."""
+def remarks(request: Request, model: Model) -> list[str]:
+    """What to know before drawing: that words are cut; that the fitted schedule was fitted with other guidance."""
+    found = cut_remarks(request, model)
     if request.schedule != FITTED:
-        return None
-    found, wanted = _fitted(request, model), canonical_guidance(request.guidance)
-    if (found.guidance_scale, found.guidance) == (request.guidance_scale, wanted):
-        return None
-    fitted, asked = "; ".join(found.guidance), "; ".join(wanted)
-    return (
-        f"--schedule fitted: fitted with {fitted} of scale {found.guidance_scale:g}, not with {asked} of scale "
-        f"{request.guidance_scale:g}; `latentgen fit-schedule` with this guidance may find a better one"
-    )
+        return found
+    levels, wanted = _fitted(request, model), canonical_guidance(request.guidance)
+    if (levels.guidance_scale, levels.guidance) != (request.guidance_scale, wanted):
+        fitted, asked = "; ".join(levels.guidance), "; ".join(wanted)
+        found.append(
+            f"--schedule fitted: fitted with {fitted} of scale {levels.guidance_scale:g}, not with {asked} of scale "
+            f"{request.guidance_scale:g}; `latentgen fit-schedule` with this guidance may find a better one"
+        )
+    return found
 
 
-def _settings(request: Request) -> tuple[Request, tuple[float, ...]]:
-    """What the pictures of a batch have in common: all but their words and seeds, and the weights of composed words."""
+def _settings(request: Request, model: Model) -> tuple[Request, tuple[float, ...], int]:
+    """What the pictures of a batch have in common: all but their words and seeds, the weights of composed words, and
+    the pieces that words are read in, so that no picture depends on the length of another's words."""
     _, weights = split_prompt(request.prompt, request.guidance)
-    return dataclasses.replace(request, prompt="", negative_prompt="", seed=0), weights
+    plain = dataclasses.replace(request, prompt="", negative_prompt="", seed=0)
+    return plain, weights, chunks_of(request, model)
 
 
 def _wish(request: Request, sigmas: Tensor) -> Wish:
     _, weights = split_prompt(request.prompt, request.guidance)
     size = (request.height, request.width)
-    return Wish(request.guidance, request.guidance_scale, request.sampler, tuple(sigmas.tolist()), weights, size)
+    return Wish(
+        *(request.guidance, request.guidance_scale, request.sampler, tuple(sigmas.tolist()), weights, size),
+        emphasis=request.emphasis,
+    )
 
 
 def start_noise(request: Request, channels: int, times: int, augmented_dim: float | None = None) -> Tensor:
@@ -254,7 +267,8 @@ def prepare(model: Model, batch: Sequence[Request], weak: Model | None = None) -
         x = x + edit.latents
     prompts = [split_prompt(r.prompt, r.guidance)[0] for r in batch]
     negative, control = [r.negative_prompt for r in batch], control_of(model, batch, sigmas)
-    denoise, log_variance = guided(model, weak, _wish(first, sigmas), prompts, negative, edit.channels, control)
+    wish = dataclasses.replace(_wish(first, sigmas), chunks=longest(batch, model))
+    denoise, log_variance = guided(model, weak, wish, prompts, negative, edit.channels, control)
     if edit.mask is not None and edit.latents is not None:
         denoise = masked(denoise, edit.latents, edit.mask)
     return Prepared(denoise, x, sigmas, log_variance)

@@ -37,6 +37,8 @@ class Wish:
         levels: the noise levels it visits.
         weights: of the prompts of a composition; (1.0,) where there is none.
         size: height and width of the pictures, in pixels; some U-Nets are told.
+        chunks: pieces that every text is read in; None: as many as in training.
+        emphasis: brackets in prompts say how much words count.
     """
 
     guidance: tuple[str, ...]
@@ -45,6 +47,8 @@ class Wish:
     levels: tuple[float, ...]
     weights: tuple[float, ...] = (1.0,)
     size: tuple[int, int] = (0, 0)
+    chunks: int | None = None
+    emphasis: bool = True
 
 
 def split_prompt(prompt: str, guidance: Sequence[str]) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -140,10 +144,10 @@ def guided(
     layers = _knob(parts, "pag", "layers")
     if layers is not None:
         texts["weak"] = texts["cond"]
-    strong = _Network(model, texts, layers, wish.size, channels, control)
+    strong = _Network(model, texts, layers, wish, channels, control)
     second = None
     if weak is not None:
-        second = _Network(weak, {"weak": texts["cond"]}, None, wish.size, channels if weak.inpaints else None)
+        second = _Network(weak, {"weak": texts["cond"]}, None, wish, channels if weak.inpaints else None)
 
     def each(rows: Mapping[str, Tensor], x: Tensor, sigma: Tensor) -> dict[str, Tensor]:
         if second is None:
@@ -166,13 +170,13 @@ class _Network:
         model: Model,
         texts: Mapping[str, list[str]],
         perturbed: str | None,
-        size: tuple[int, int],
+        wish: Wish,
         channels: Tensor | None = None,
         control: Control | None = None,
     ) -> None:
         self.channels, self.control, self.networks = channels, control, model.networks()
         self.unet, self.parameterization = model.unet, model.parameterization()
-        self.contexts = {kind: _context(model, own, size, kind) for kind, own in texts.items()}
+        self.contexts = {kind: _context(model, own, wish, kind) for kind, own in texts.items()}
         self.perturbed = self_attentions(model.unet, perturbed) if perturbed is not None else []
         self.learned_variance = model.learned_variance
         self.head: Tensor | None = None
@@ -213,8 +217,8 @@ class _Network:
         return interpolated_log_variance(self.head.to(x.dtype), sigma, sigma_next)
 
 
-def _context(model: Model, texts: Sequence[str], size: tuple[int, int], kind: str) -> Context:
-    context = model.encode(texts)
+def _context(model: Model, texts: Sequence[str], wish: Wish, kind: str) -> Context:
+    context, size = model.encode(texts, wish.chunks, emphasis=wish.emphasis), wish.size
     if model.sizes == 0:
         return context
     score = NEGATIVE_AESTHETIC_SCORE if kind == "uncond" else AESTHETIC_SCORE

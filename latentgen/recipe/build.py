@@ -86,7 +86,7 @@ def _warn_of_ignored(name: str, section: Autoencoder | TextEncoder | UNet) -> No
     if section.source is None:
         return
     plain = type(section).model_validate({"from": section.source})
-    kept = {"source", "posterior", "attention_kernel", "gradient_checkpointing"}
+    kept = {"source", "chunks", "posterior", "attention_kernel", "gradient_checkpointing"}
     changed = [key for key in type(section).model_fields if getattr(section, key) != getattr(plain, key)]
     for key in changed:
         if key not in kept:
@@ -184,6 +184,7 @@ def new_model(recipe: Recipe, vae: Vae, towers: tuple[Tower, ...], zero_empty: b
     Raises:
         UserError: `unet.from` does not fit the VAE or the text encoder, or predicts something else than asked.
     """
+    chunks = recipe.text_encoder.chunks
     if recipe.unet.source is None:
         prediction, schedule = process(recipe)
         unet = new_unet(recipe, vae, states_width(towers))
@@ -191,7 +192,19 @@ def new_model(recipe: Recipe, vae: Vae, towers: tuple[Tower, ...], zero_empty: b
         start = load_model(Path(recipe.unet.source))
         require_fit(recipe, start, vae, states_width(towers))
         unet, prediction, schedule = start.unet, start.prediction, start.schedule
-    model = Model(vae=vae, towers=towers, unet=unet, prediction=prediction, schedule=schedule, zero_empty=zero_empty)
+        if chunks < start.chunks:
+            logger.warning(
+                "text_encoder.chunks: %d, but %s was trained with %d", chunks, recipe.unet.source, start.chunks
+            )
+    model = Model(
+        vae=vae,
+        towers=towers,
+        unet=unet,
+        prediction=prediction,
+        schedule=schedule,
+        zero_empty=zero_empty,
+        chunks=chunks,
+    )
     model.require_fit("autoencoder, text_encoder and unet")
     return model
 

@@ -9,31 +9,38 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers import ControlNetModel, UNet2DConditionModel
-from numpy.typing import NDArray
 from torch import nn
 from transformers import CLIPTokenizer
 
 from latentgen.core.errors import UserError
 from latentgen.core.files import write_folder
+from latentgen.data.captions import first_captions
+from latentgen.data.sources.base import Source
 from latentgen.formats.adapter_folder import unet_hash, write_adapter
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import quiet_libraries
 from latentgen.models.adapters import AdapterSpec, add_adapters
-from latentgen.models.text import Tower
+from latentgen.models.text import Tower, tokenize
 from latentgen.models.tokens import LearnedTokens, grow, rows_of, settled
 from latentgen.recipe import build
+from latentgen.recipe.captions import tag_draws
 from latentgen.recipe.conditions import control_kind, starting_model
 from latentgen.recipe.schema import Recipe
 from latentgen.recipe.schema_finetune import Finetune
 from latentgen.tasks.adapting import adapters_of
 
+TOGETHER = 1000
+"""Examples whose captions are looked at together."""
+
 
 class Training(NamedTuple):
-    """What is trained of `model`: networks by name, and factors on their learning rate."""
+    """What is trained of `model`: networks by name, and factors on their learning rate; and whether captions are drawn
+    anew each time they are shown."""
 
     model: Model
     trains: tuple[str, ...]
     rates: Mapping[str, float]
+    draws_words: bool = False
 
 
 def prepare(recipe: Recipe, model: Model) -> Training:
@@ -43,14 +50,15 @@ def prepare(recipe: Recipe, model: Model) -> Training:
         UserError: the settings do not fit the model.
     """
     f, model = recipe.finetune, starting_model(recipe, model)
+    draws = tag_draws(recipe.data) is not None
     for network in model.networks().values():
         network.requires_grad_(False)
     if f is None:
         model.unet.requires_grad_(True)
-        return Training(model, ("unet",), {})
+        return Training(model, ("unet",), {}, draws)
     if model.control is not None:
         model.control.requires_grad_(True)
-        return Training(model, ("control",), {})
+        return Training(model, ("control",), {}, draws)
     named = model.networks()
     texts = tuple(tower.name for tower in model.towers) if f.text_encoders else ()
     trains = () if f.method == "none" else ("unet", *texts)
@@ -66,7 +74,7 @@ def prepare(recipe: Recipe, model: Model) -> Training:
         words = {word: (token.start, token.vectors) for word, token in f.tokens.items()}
         model = replace(model, tokens=grow(model.towers, words))
         trains, rates = (*trains, "tokens"), {**rates, "tokens": f.token_learning_rate / rate}
-    return Training(model, trains, rates)
+    return Training(model, trains, rates, draws)
 
 
 def _spec(f: Finetune) -> AdapterSpec:
@@ -84,23 +92,31 @@ def _spec(f: Finetune) -> AdapterSpec:
 
 def runs_text(training: Training) -> bool:
     """Whether the text encoders run in every step, so that nothing of theirs can be cached."""
-    return any(name.startswith("text_encoder") or name == "tokens" for name in training.trains)
+    return training.draws_words or any(name.startswith("text_encoder") or name == "tokens" for name in training.trains)
 
 
-def require_words(recipe: Recipe, model: Model, table: Mapping[str, NDArray]) -> None:
+def require_words(recipe: Recipe, model: Model, source: Source, limit: int | None) -> None:
     """Raise UserError for a word to be learned that no caption has: nothing would teach it.
 
     Args:
-        table: token ids `[m, t]` of all captions for each text encoder.
+        limit: at most so many captions of an example take part.
     """
-    assert recipe.finetune is not None
-    tower = model.towers[0]
-    for word in recipe.finetune.tokens:
-        if not (table[tower.name] == tower.tokenizer.convert_tokens_to_ids(word)).any():
-            raise UserError(
-                f"finetune.tokens: {word} is in no caption, so nothing would teach it; write it into the captions, "
-                f"such as `a photo of {word}`"
-            )
+    if recipe.finetune is None or not recipe.finetune.tokens:
+        return
+    tokenizer = model.towers[0].tokenizer
+    missing = {tokenizer.convert_tokens_to_ids(word): word for word in recipe.finetune.tokens}
+    for at in range(0, len(source), TOGETHER):
+        numbers = range(at, min(at + TOGETHER, len(source)))
+        captions = [caption for index in numbers for caption in first_captions(source, index, limit)]
+        read = set(tokenize(tokenizer, captions, model.chunks).unique().tolist())
+        missing = {number: word for number, word in missing.items() if number not in read}
+        if not missing:
+            return
+    word = next(iter(missing.values()))
+    raise UserError(
+        f"finetune.tokens: {word} is in no caption, so nothing would teach it; say data.trigger: {word}, or write it "
+        f"into the captions, such as `a photo of {word}`"
+    )
 
 
 def makes_adapter(recipe: Recipe) -> bool:

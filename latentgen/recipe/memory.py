@@ -153,7 +153,8 @@ def training_on_meta(recipe: Recipe) -> Training:
         else:
             build.require_fit(recipe, unet_from, vae, states_width(towers))
             prediction, schedule, unet = unet_from.prediction, unet_from.schedule, unet_from.unet
-        model = Model(vae=vae, towers=towers, unet=unet, prediction=prediction, schedule=schedule)
+        chunks = recipe.text_encoder.chunks
+        model = Model(vae=vae, towers=towers, unet=unet, prediction=prediction, schedule=schedule, chunks=chunks)
         model.require_fit("autoencoder, text_encoder and unet")
         return prepare(recipe, model)
 
@@ -297,7 +298,7 @@ def _context(training: Training, networks: Mapping[str, Any], examples: int) -> 
     """What the U-Net reads: from a cache, or encoded in the step where a text encoder or words of it are trained."""
     model = training.model
     towers, sizes = model.towers, _empty(examples, model.sizes) if model.sizes else None
-    length, pooled = prompt_length(towers), pooled_width(towers)
+    length, pooled = prompt_length(towers, model.chunks), pooled_width(towers)
     if not runs_text(training):
         whole = _empty(examples, pooled) if pooled else None
         return Context(_empty(examples, length, states_width(towers)), whole, sizes)

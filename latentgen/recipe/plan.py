@@ -275,7 +275,7 @@ def _text(recipe: Recipe, image: Tensor, stages: list[StagePlan]) -> tuple[Conte
         towers = _existing(recipe.text_encoder.source).towers
         for tower in towers:
             _on_meta(tower.encoder)
-        tokens = torch.zeros(PROBE, prompt_length(towers), dtype=torch.long, device="meta")
+        tokens = torch.zeros(PROBE, prompt_length(towers, recipe.text_encoder.chunks), dtype=torch.long, device="meta")
         context: list[Context] = []
         flops = flops_of(lambda: context.append(encode_tokens(towers, [tokens] * len(towers)))) / PROBE
         return context[0], flops
@@ -285,8 +285,8 @@ def _text(recipe: Recipe, image: Tensor, stages: list[StagePlan]) -> tuple[Conte
     shown = tokens.repeat(1 + t.contrasts, 1)
     flops = _training_flops(ClipForTraining(clip, late=t.late > 0), image, shown)
     stages.append(_stage(recipe, "clip", clip, flops, _late_flops(recipe, clip.shape.places) if t.late else 0.0))
-    states = torch.empty(PROBE, t.context_length, t.width)
-    return Context(states), flops_of(lambda: clip.encode_text(tokens)) / PROBE
+    states = torch.empty(PROBE, t.chunks * t.context_length, t.width)
+    return Context(states), t.chunks * flops_of(lambda: clip.encode_text(tokens)) / PROBE
 
 
 def describe(recipe: Recipe) -> str:

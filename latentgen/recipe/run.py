@@ -25,7 +25,7 @@ from latentgen.core.allocator import keep_memory
 from latentgen.core.errors import UserError
 from latentgen.core.files import clear_leftovers, content_key, file_sha256, write_json, write_text
 from latentgen.core.runfolder import RunFolder
-from latentgen.data.captions import CachedWords
+from latentgen.data.captions import TagDraws, first_captions
 from latentgen.data.fetch import CachedBatches, PictureBatches, to_tensor
 from latentgen.data.loader import Loader
 from latentgen.data.sources.base import Source
@@ -47,8 +47,9 @@ from latentgen.models.context import AESTHETIC_SCORE, sizes_of
 from latentgen.models.quick import quicken
 from latentgen.models.text import Tower, train_tokenizer
 from latentgen.models.unet import checkpoint_activations
-from latentgen.pipelines.generate import Request, check
+from latentgen.pipelines.generate import Request, check, remarks
 from latentgen.recipe import build, sources
+from latentgen.recipe.captions import some_captions, tag_draws, warn_of_cuts, words_of
 from latentgen.recipe.conditions import conditioned, control_kind, previews, write_inputs
 from latentgen.recipe.finetune import (
     Training,
@@ -67,7 +68,7 @@ from latentgen.recipe.prior import class_part, keeps, make_class_pictures, with_
 from latentgen.recipe.reporting import Reporter, note_start
 from latentgen.recipe.schema import Recipe
 from latentgen.recipe.validation import validation, wanted
-from latentgen.tasks.caching import Share, cache_latents, cache_text, token_table
+from latentgen.tasks.caching import Share, cache_latents
 from latentgen.tasks.clip import ClipTask, finish_clip
 from latentgen.tasks.diffusion import LEVELS, DiffusionTask
 from latentgen.tasks.vae import VaeTask, finish_vae
@@ -292,16 +293,22 @@ class Run:
         result, t = self.folder.result("clip"), self.recipe.text_encoder
         if not result.is_dir():
             limit = self.recipe.data.captions
-            captions = (caption for i in range(len(self.source)) for caption in self.source.captions(i)[:limit])
+            captions = (caption for i in range(len(self.source)) for caption in first_captions(self.source, i, limit))
             tokenizer = train_tokenizer(captions, t.vocab_size, t.context_length)
+            if self.accelerator.is_main_process:
+                warn_of_cuts(some_captions(self.source, limit), tokenizer, 1, key="text_encoder.context_length")
             held_out = self.examples.held_out
             numbers = range(len(held_out))
             pairs = to_tensor([held_out.image(i) for i in numbers]), [held_out.captions(i)[0] for i in numbers]
             assert isinstance(tokenizer.eos_token_id, int)
             clip = build.new_clip(self.recipe, len(tokenizer), tokenizer.eos_token_id)
             task = ClipTask(clip, tokenizer, pairs, t.late)
-            fetch = PictureBatches(self.source, self.recipe.data.flip, captions=limit, contrasts=t.contrasts)
-            plain = partial(PictureBatches, flip=self.recipe.data.flip, captions=limit)
+            shown = partial(PictureBatches, flip=self.recipe.data.flip, captions=limit)
+            fetch = shown(self.source, contrasts=t.contrasts, tags=self._tags(self.source))
+
+            def plain(source: Source) -> PictureBatches:
+                return shown(source, tags=self._tags(source))
+
             measured = self._validation("clip", task.measure, plain, together=True)
             self._stage(task, fetch, lambda averaged: finish_clip(averaged["clip"], tokenizer, result), measured)
         with quiet_libraries():
@@ -332,6 +339,9 @@ class Run:
         requests = previews(self.recipe, model, held_out, folder)
         for request in requests:
             check(request, model)
+        if self.accelerator.is_main_process:
+            for line in dict.fromkeys(line for request in requests for line in remarks(request, model)):
+                logger.warning("preview: %s", line)
         return requests
 
     def _train_unet(self, model: Model, result: Path) -> None:
@@ -344,6 +354,7 @@ class Run:
         for network in model.networks().values():
             network.to(self.accelerator.device)
         requests = self._previews(model)
+        self._check_captions(model)
         fetch = self._cached(training, self.source)
         task = DiffusionTask(
             model,
@@ -375,6 +386,18 @@ class Run:
 
         self._stage(task, fetch, finish, measured)
 
+    def _tags(self, source: Source) -> TagDraws | None:
+        """What is drawn of the captions of a source; those of class pictures, which follow the subject's, stay."""
+        return tag_draws(self.recipe.data, len(self.examples.training) if source is self.source else None)
+
+    def _check_captions(self, model: Model) -> None:
+        """Refuse words to learn that no caption has; say what of captions is cut."""
+        limit = self.recipe.data.captions
+        require_words(self.recipe, model, self.source, limit)
+        if self.accelerator.is_main_process:
+            captions = some_captions(self.source, limit)
+            warn_of_cuts(captions, model.towers[0].tokenizer, model.chunks, key="text_encoder.chunks")
+
     def _share(self) -> Share:
         return Share(self.accelerator.process_index, self.accelerator.num_processes, self.watch.move)
 
@@ -386,13 +409,8 @@ class Run:
             self.watch.mark("caching latents")
             latents = cache_latents(model, source, cache, flip=data.flip, share=share)
             self.watch.mark("caching text states")
-            if runs_text(training):
-                texts, rows = token_table(model, source, captions=data.captions)
-                if source is self.source:
-                    require_words(self.recipe, model, texts)
-            else:
-                kept = cache_text(model, source, cache, captions=data.captions, share=share)
-                texts, rows = kept.parts(), kept.rows
+            live, tags = runs_text(training), self._tags(source)
+            words = words_of(self.recipe, model, source, cache, share, live=live, tags=tags)
         values = {}
         if model.sizes:
             # Pictures reach training cut and scaled: that is the original the network is told of.
@@ -403,7 +421,6 @@ class Run:
             values["weight"] = source.example_weights()
             if keeps(self.recipe) and source is self.source:
                 values["kept"] = source.part_numbers() == 1  # with_prior: the class is the second part
-        words = CachedWords(texts, rows, self.recipe.diffusion.caption_dropout)
         batches = CachedBatches(latents, words, values)
         return conditioned(self.recipe, model, source, batches)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from latentgen.core.errors import UserError
@@ -16,6 +16,8 @@ from latentgen.data.sources.mixture import Mixture, counts_of
 from latentgen.data.sources.shapes import ShapesSource
 from latentgen.data.sources.stored import Pictures, Store
 from latentgen.data.sources.subset import Subset, hold_out
+from latentgen.data.sources.worded import Worded
+from latentgen.recipe.captions import wording
 from latentgen.recipe.schema import Recipe
 from latentgen.recipe.schema_data import Data
 
@@ -80,7 +82,7 @@ def examples(recipe: Recipe) -> Examples:
     """
     data = recipe.data
     controls = recipe.finetune is not None and recipe.finetune.control == "picture"
-    found = [_examples(recipe, part, controls) for part in data.parts()]
+    found = [_worded(part, _examples(recipe, part, controls)) for part in data.parts()]
     if data.source != "mixture":
         return found[0]
     training = tuple(each.training for each in found)
@@ -114,6 +116,14 @@ def _examples(recipe: Recipe, data: Data, controls: bool) -> Examples:
         return Examples(whole, some(whole, data.holdout), False, skipped)
     logger.info("%s: %d pictures to train on, %d held out to measure on", data.path, len(kept), len(chosen))
     return Examples(Subset(whole, kept), Subset(whole, chosen), True, skipped)
+
+
+def _worded(data: Data, found: Examples) -> Examples:
+    """With the wording that the recipe asks for, in training and in what is measured on alike."""
+    own = wording(data)
+    if not own:
+        return found
+    return replace(found, training=Worded(found.training, own), held_out=Worded(found.held_out, own))
 
 
 def _beside(data: Data) -> str | None:

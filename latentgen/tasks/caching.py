@@ -24,7 +24,7 @@ from latentgen.data.latents import CachedLatents
 from latentgen.data.sources.base import Shape, Source, shapes_of
 from latentgen.formats.model import Model
 from latentgen.models.autoencoder import encode_moments, factor
-from latentgen.models.text import pooled_width, prompt_length, states_width, tokenize
+from latentgen.models.text import pooled_width, prompt_length, states_width
 
 logger = logging.getLogger(__name__)
 
@@ -117,14 +117,6 @@ class Texts(NamedTuple):
         return {"context": self.states, **({} if self.pooled is None else {"pooled": self.pooled})}
 
 
-def token_table(model: Model, source: Source, *, captions: int | None) -> tuple[dict[str, NDArray], Rows]:
-    """Token ids `[m, t]` of every distinct caption for each text encoder, row 0 the empty one, and which row `empty`
-    `[m]` is; and each example's rows: for training that runs the text encoders itself."""
-    distinct, rows = distinct_captions(source, captions)
-    table = {tower.name: tokenize(tower.tokenizer, distinct).numpy() for tower in model.towers}
-    return {**table, "empty": np.array([caption == "" for caption in distinct])}, rows
-
-
 def distinct_captions(source: Source, limit: int | None) -> tuple[list[str], Rows]:
     """Every caption once, the empty one first; and for each example the numbers of its own."""
     number: dict[str, int] = {"": 0}
@@ -145,7 +137,8 @@ def cache_text(model: Model, source: Source, folder: Path, *, captions: int | No
     """
     distinct, rows = distinct_captions(source, captions)
     towers = [(weights_key(tower.encoder), tower.tokenizer.backend_tokenizer.to_str()) for tower in model.towers]
-    length, width, pooled = prompt_length(model.towers), states_width(model.towers), pooled_width(model.towers)
+    length = prompt_length(model.towers, model.chunks)
+    width, pooled = states_width(model.towers), pooled_width(model.towers)
     shape = (length * width + pooled,) if pooled else (length, width)
     key = content_key("text", VERSION, towers, model.zero_empty, distinct, shape)
     cache = ArrayCache(folder / "text" / key, len(distinct), shape, f"text states of {len(distinct)} captions")

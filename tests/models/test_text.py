@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from pathlib import Path
 
 import pytest
@@ -111,18 +110,11 @@ def test_tokenize_gives_what_the_pipeline_gives(tokenizer: CLIPTokenizer) -> Non
     assert text.tokenize(tokenizer, []).shape == (0, 12)
 
 
-def test_cut_captions_are_counted_and_reported_once(tokenizer: CLIPTokenizer, caplog) -> None:
-    text._cut_reported.clear()
-    long = " ".join(["blue"] * 15)
+def test_cut_tokens_are_counted_and_shown(tokenizer: CLIPTokenizer) -> None:
+    long = " ".join(["blue"] * 14 + ["star"])
     assert text.tokens_cut(tokenizer, ["blue", long]) == [0, 5]
-    with caplog.at_level(logging.WARNING):
-        text.tokenize(tokenizer, ["blue"])
-        assert not caplog.records
-        text.tokenize(tokenizer, [long, long])
-        text.tokenize(tokenizer, [long])
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 1
-    assert "last 5 tokens" in messages[0]
+    assert text.shown(tokenizer, text.cut_tokens(tokenizer, [long])[0]) == "blue blue blue blue star"
+    assert text.shown(tokenizer, text.cut_tokens(tokenizer, [long])[0], 12) == "blue blue..."
 
 
 def test_encode_text_is_the_normalised_last_hidden_state(tokenizer: CLIPTokenizer) -> None:

@@ -13,7 +13,7 @@ from latentgen.core.errors import UserError
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import save_model
 from latentgen.pipelines.fit_schedule import fit_schedule
-from latentgen.pipelines.generate import Request, check, generate, prepare, remark
+from latentgen.pipelines.generate import Request, check, generate, prepare, remarks
 
 ASKED = [Request(prompt, seed=i, num_inference_steps=3, height=16, width=16) for i, prompt in enumerate(("a", "b"))]
 
@@ -65,13 +65,14 @@ def test_other_guidance_than_it_was_fitted_with_is_remarked(tiny: Model) -> None
     entry = {"sampler": "dpmpp_2m", "steps": 3, "guidance_scale": 4.0, "sigmas": [14.0, 3.0, 1.0, 0.0]}
     model = dataclasses.replace(tiny, metadata={"fitted_schedules": [entry]})
     wanted = dataclasses.replace(ASKED[0], schedule="fitted", guidance_scale=4.0)
-    assert remark(wanted, model) is None
-    assert remark(ASKED[0], model) is None
+    assert not remarks(wanted, model)
+    assert not remarks(ASKED[0], model)
     for changes, said in (
         ({"guidance_scale": 7.0}, "with cfg of scale 4, not with cfg of scale 7"),
         ({"guidance": ("interval,low=1",)}, "not with cfg; interval,low=1.0 of scale 4"),
     ):
-        assert said in (remark(dataclasses.replace(wanted, **changes), model) or "")
+        (line,) = remarks(dataclasses.replace(wanted, **changes), model)
+        assert said in line
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,6 @@ def test_a_word_that_no_caption_has(programs: Any, model: Path, tmp_path: Path) 
     done = programs("train", "--config", recipe(tmp_path, model, "word"), "finetune.tokens={<toy>: {}}", cwd=tmp_path)
     assert done.code == 2
     assert done.errors[-1] == (
-        "error: finetune.tokens: <toy> is in no caption, so nothing would teach it; write it into the captions, such "
-        "as `a photo of <toy>`"
+        "error: finetune.tokens: <toy> is in no caption, so nothing would teach it; say data.trigger: <toy>, or "
+        "write it into the captions, such as `a photo of <toy>`"
     )
