@@ -13,7 +13,7 @@ import torch
 from latentgen.core.rand import Draw
 from latentgen.data.captions import CachedWords
 from latentgen.data.controls import Controls
-from latentgen.data.fetch import CachedBatches, PictureBatches, to_tensor
+from latentgen.data.fetch import CachedBatches, PictureBatches, from_bytes, to_bytes, to_tensor
 from latentgen.data.latents import of_one_shape
 from latentgen.data.masks import draw_masks
 
@@ -48,6 +48,7 @@ def cached(variants: int = 1, dropout: float = 0.0, examples: int = 8) -> Cached
 def test_to_tensor_maps_bytes_to_one() -> None:
     picture = np.array([[[0, 51, 255]]], dtype=np.uint8)
     tensor = to_tensor([picture, picture])
+    assert torch.equal(tensor, from_bytes(to_bytes([picture, picture])))
     assert tensor.shape == (2, 3, 1, 1)
     torch.testing.assert_close(tensor[0].flatten(), torch.tensor([-1.0, -0.6, 1.0]))
 
@@ -55,7 +56,8 @@ def test_to_tensor_maps_bytes_to_one() -> None:
 def test_pictures_are_those_of_the_indices(few: Callable, draw: DrawOf) -> None:
     source = few(6)
     batch = PictureBatches(source)(draw(indices=(3, 1, 5, 0, 2, 4, 3, 1)))
-    assert torch.equal(batch["image"], to_tensor([source.image(i) for i in (3, 1, 5, 0, 2, 4, 3, 1)]))
+    assert batch["image"].dtype == torch.uint8
+    assert torch.equal(batch["image"], to_bytes([source.image(i) for i in (3, 1, 5, 0, 2, 4, 3, 1)]))
     for index, caption in zip((3, 1, 5, 0, 2, 4, 3, 1), batch["caption"], strict=True):
         assert caption in source.captions(index)
 
@@ -133,7 +135,9 @@ def test_more_tries_find_more_contrast(few: Callable, draw: DrawOf) -> None:
 
     def contrast(tries: int) -> torch.Tensor:
         d = draw(indices=tuple(i % 6 for i in range(8)))
-        return PictureBatches(few(), patch=5, patch_tries=tries)(d)["image"].flatten(2).std(dim=2).sum(dim=1)
+        return (
+            from_bytes(PictureBatches(few(), patch=5, patch_tries=tries)(d)["image"]).flatten(2).std(dim=2).sum(dim=1)
+        )
 
     one, four, many = contrast(1), contrast(4), contrast(60)
     assert bool((four >= one - 1e-6).all())
@@ -188,10 +192,10 @@ def test_all_that_is_shown_of_an_example_is_mirrored_with_it(few: Callable, draw
     mirrored = batch["mean"][:, 0, 0, 0] >= 8
     assert 0 < int(mirrored.sum()) < 16
     for row, index in enumerate(d.indices):
-        image = to_tensor([source.image(index)])[0]
+        image = to_bytes([source.image(index)])[0]
         image = image.flip(-1) if mirrored[row] else image
         assert torch.equal(batch["image"][row], image)
-        torch.testing.assert_close(batch["control"][row], (1 - image) / 2)
+        torch.testing.assert_close(batch["control"][row], 1 - image / 255)
     assert torch.equal(batch["mask"], draw_masks(d, 16, 16))
     plain = cached(2)(d)
     assert all(torch.equal(batch[key], value) for key, value in plain.items()), "nothing else changes"

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from latentgen.core.rand import Draw
-from latentgen.data.fetch import PictureBatches, to_tensor
+from latentgen.data.fetch import PictureBatches, from_bytes, to_tensor
 from latentgen.formats.model import Model
 from latentgen.models.autoencoder import AutoencoderForTraining, decode, encode_moments, kl_divergence
 from latentgen.models.critics import VGG_BLOCKS
@@ -46,7 +46,7 @@ def batch(few: Callable, draw: Draw, side: int = 16) -> dict:
 
 
 def task(tiny_builder: Callable[..., Model], few: Callable, **weights: object) -> VaeTask:
-    held_out = to_tensor([few(2, seed=9).image(i) for i in range(2)])
+    held_out = [few(2, seed=9).image(i) for i in range(2)]
     return VaeTask(tiny_builder().vae, VaeLosses(**weights), held_out)  # type: ignore[arg-type]
 
 
@@ -55,6 +55,7 @@ def test_the_plain_loss_is_pixels_and_divergence(tiny_builder: Callable, few: Ca
         made, d = task(tiny_builder, few, pixel=pixel, kl=0.25), draw()
         image = batch(few, d)["image"]
         losses = made.losses("vae", {"image": image}, d)
+        image = from_bytes(image)
         assert losses.keys() == {"loss", "pixel", "kl"}
         with torch.no_grad():
             mean, std = encode_moments(made.vae, image)
@@ -123,6 +124,9 @@ class Wide:
 
     def image(self, index: int) -> NDArray[np.uint8]:
         return self.source.image(index)  # type: ignore[attr-defined]
+
+    def shape(self, index: int) -> tuple[int, int]:
+        return self.source.shape(index)  # type: ignore[attr-defined]
 
 
 def test_latent_statistics_are_those_of_all_latents(tiny: Model, few: Callable) -> None:
