@@ -216,6 +216,7 @@ def _unet_flops(
     networks = {"unet": unet.train().requires_grad_(control is None), "control": control}
     channels = _channels(unet, latents)
     shown = None if control is None else image
+    context = context.each(Tensor.detach)  # no gradient goes into text: its states are cached
 
     def run() -> None:
         predict(networks, latents, torch.empty(PROBE), context, channels=channels, control=shown).sum().backward()
