@@ -220,3 +220,61 @@ def test_leaving_captions_out_changes_nothing_else(draw: DrawOf) -> None:
 def test_patches_end_at_their_step(few: Callable, draw: DrawOf) -> None:
     fetch = PictureBatches(few(8), patch=8, patch_steps=3)
     assert [fetch(draw(step=step))["image"].shape[-1] for step in (0, 2, 3, 9)] == [8, 8, 16, 16]
+
+
+class Places:
+    """Pictures that show where they are cut: red how far down, green how far to the right; masks show it too."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def shape(self, index: int) -> tuple[int, int]:
+        return 4, 6
+
+    def image(self, index: int, at: Any = (0.5, 0.5)) -> np.ndarray:
+        picture = np.zeros((4, 6, 3), dtype=np.uint8)
+        picture[..., 0], picture[..., 1] = round(255 * at[0]), round(255 * at[1])
+        picture[..., 2] = np.arange(6)
+        return picture
+
+    def mask(self, index: int, at: Any = (0.5, 0.5)) -> np.ndarray | None:
+        return None if index == 7 else self.image(index, at)[..., 1] + np.arange(6, dtype=np.uint8)
+
+    def control(self, index: int, at: Any = (0.5, 0.5)) -> np.ndarray:
+        return self.image(index, at)
+
+
+def sizes_at(index: int, at: tuple[float, float]) -> list[float]:
+    return [index, *at]
+
+
+def test_all_of_an_example_is_cut_at_one_place_of_its_own(draw: DrawOf) -> None:
+    source: Any = Places()
+    more: dict[str, Any] = {"pictures": source, "weighing": source, "controls": Controls(source, "picture")}
+    fetch = dataclasses.replace(cached(), latents=None, flip=True, crop=True, sizes=sizes_at, **more)
+    d = draw(range(16), global_batch=16, indices=tuple(range(8)) * 2)
+    batch = fetch(d)
+    assert "mean" not in batch
+    at = d.uniform("crop", (2,))
+    mirrored = batch["image"][:, 2, 0, 0] == 5
+    assert 0 < int(mirrored.sum()) < 16
+    assert torch.equal(batch["image"][:, 0, 0, 0], (255 * at[:, 0]).round().byte())
+    assert torch.equal(batch["image"][:, 1, 0, 0], (255 * at[:, 1]).round().byte())
+    torch.testing.assert_close(batch["control"], batch["image"] / 255)
+    for row, index in enumerate(d.indices):
+        expected = torch.full((4, 6), 255) if index == 7 else batch["image"][row, 1] + batch["image"][row, 2]
+        assert torch.equal(batch["loss_mask"][row, 0], expected.byte())
+    left = torch.where(mirrored, 1 - at[:, 1], at[:, 1])
+    torch.testing.assert_close(batch["sizes"], torch.stack([torch.tensor(d.indices).float(), at[:, 0], left], dim=1))
+    again = PictureBatches(source, flip=True, crop=True, captions=0)(d)
+    assert torch.equal(again["image"], batch["image"]), "the stages before cut at the same places by the same draws"
+
+
+def test_whole_pictures_become_squares(few: Callable, draw: DrawOf) -> None:
+    source = few(6, shapes=((16, 16), (12, 24), (24, 8)))
+    batch = PictureBatches(source, captions=0, square=16)(draw(indices=(0, 1, 2, 3, 4, 5, 0, 1)))
+    assert batch["image"].shape == (8, 3, 16, 16)
+    assert torch.equal(batch["image"][0], to_bytes([source.image(0)])[0]), "a square stays as it is"
+    corners = [source.image(1)[y, x] for y in (0, -1) for x in (0, -1)]
+    found = [batch["image"][1, :, y, x].numpy() for y in (0, -1) for x in (0, -1)]
+    assert np.abs(np.subtract(corners, found, dtype=int)).max() <= 20, "nothing is cut off"
