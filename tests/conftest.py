@@ -13,8 +13,8 @@ from hypothesis import settings
 from numpy.typing import NDArray
 
 from latentgen.core.rand import Draw
-from latentgen.data.order import Order, Shuffled
-from latentgen.data.sources.base import CENTRE, Frame, Place, Shape
+from latentgen.data.order import Order
+from latentgen.data.sources.base import CENTRE, Frame, Place, Shape, usual_order
 from latentgen.diffusion.noise_tables import NoiseTable
 from latentgen.formats.model import Model
 from latentgen.models.autoencoder import build_autoencoder
@@ -36,11 +36,13 @@ def pytest_configure() -> None:
 
 @dataclass(frozen=True)
 class FewPictures:
-    """A source of random pictures in memory; example i is a pure function of i and `seed`."""
+    """A source of random pictures in memory; example i is a pure function of i and `seed`. Shapes take turns, where
+    there are some."""
 
     count: int = 6
     seed: int = 0
     side: int = SIDE
+    shapes: tuple[Shape, ...] = ()
 
     def __len__(self) -> int:
         return self.count
@@ -58,20 +60,21 @@ class FewPictures:
         return self.digest(index)
 
     def shape(self, index: int) -> Shape:
-        return self.side, self.side
+        return self.shapes[index % len(self.shapes)] if self.shapes else (self.side, self.side)
 
     def frame(self, index: int, at: Place = CENTRE) -> Frame:
-        return Frame((self.side, self.side), (0, 0))
+        return Frame(self.shape(index), (0, 0))
 
     def mask(self, index: int, at: Place = CENTRE) -> NDArray[np.uint8] | None:
         return None
 
     def order(self, batch: int) -> Order:
-        return Shuffled(self.count)
+        return usual_order(self, batch)
 
     def image(self, index: int, at: Place = CENTRE) -> NDArray[np.uint8]:
         coarse = np.random.default_rng([self.seed, index]).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        return np.kron(coarse, np.ones((self.side // 4, self.side // 4, 1), dtype=np.uint8))
+        height, width = self.shape(index)
+        return np.kron(coarse, np.ones((height // 4, width // 4, 1), dtype=np.uint8))
 
     def captions(self, index: int) -> tuple[str, ...]:
         return tuple(f"picture {index} {word}" for word in ("one", "two", "three")[: 1 + index % 3])
@@ -157,7 +160,7 @@ def clip_builder() -> Callable[[int], Clip]:
 
 @pytest.fixture(scope="session")
 def few() -> Callable[..., FewPictures]:
-    """`few(count, seed, side)` makes a source of pictures in memory."""
+    """`few(count, seed, side, shapes)` makes a source of pictures in memory."""
     return FewPictures
 
 

@@ -14,8 +14,8 @@ LONGEST = 4.0
 
 
 def candidates(resolution: int, step: int) -> tuple[Shape, ...]:
-    """Every (height, width) in multiples of `step` of which no side can grow without more than resolution² pixels, from
-    the tallest to the widest."""
+    """Every (height, width) in multiples of `step` of which one side cannot grow without more than resolution² pixels,
+    from the tallest to the widest."""
     budget = resolution * resolution
     found = set()
     for width in range(step, int(resolution * LONGEST) + 1, step):

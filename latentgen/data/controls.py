@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from latentgen.core.errors import UserError
 from latentgen.data.edges import edges
-from latentgen.data.sources.base import Source
+from latentgen.data.sources.base import CENTRE, Place, Source
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class Controls:
     source: Source
     kind: str
 
-    def __call__(self, index: int) -> NDArray[np.uint8]:
-        """uint8 [resolution, resolution, 3].
+    def __call__(self, index: int, at: Place = CENTRE) -> NDArray[np.uint8]:
+        """uint8 [h, w, 3], cut like the example's picture.
 
         Raises:
             UserError: the example has no second picture.
         """
         if self.kind == "edge":
-            return edges(self.source.image(index))
-        picture = self.source.control(index)
+            return edges(self.source.image(index, at))
+        picture = self.source.control(index, at)
         if picture is None:
             raise UserError(f"{self.source.name(index)} has no picture to follow; say finetune.control: edge")
         return picture

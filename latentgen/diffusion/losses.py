@@ -23,28 +23,36 @@ Weight = Callable[..., Tensor]
 
 
 Loss = Callable[..., Tensor]
-"""loss(prediction: [b, c, h, w], target, fraction: [b], sigma: [b], **knobs) -> loss of each example: [b]."""
+"""loss(prediction: [b, c, h, w], target, fraction: [b], sigma: [b], pixels: [b, 1, h, w] or None, **knobs) -> loss of
+each example: [b], the mean over its pixels of each one's loss times what `pixels` says that it counts."""
 
 
-def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor, pixels: Tensor | None = None) -> Tensor:
     """Mean squared error of each example, times its weight. [b, c, h, w] twice, [b] -> [b], at least float32."""
-    return (_error(prediction, target) ** 2).flatten(1).mean(dim=1) * weight
+    return _mean(_error(prediction, target) ** 2, pixels) * weight
 
 
-def mse(prediction: Tensor, target: Tensor, fraction: Tensor, sigma: Tensor) -> Tensor:
+def mse(prediction: Tensor, target: Tensor, fraction: Tensor, sigma: Tensor, pixels: Tensor | None = None) -> Tensor:
     """Mean squared error of each example. [b]."""
     del fraction
-    return denoising_loss(prediction, target, torch.ones_like(sigma))
+    return denoising_loss(prediction, target, torch.ones_like(sigma), pixels)
 
 
-def l1(prediction: Tensor, target: Tensor, fraction: Tensor, sigma: Tensor) -> Tensor:
+def l1(prediction: Tensor, target: Tensor, fraction: Tensor, sigma: Tensor, pixels: Tensor | None = None) -> Tensor:
     """Mean absolute error of each example. [b]."""
     del fraction, sigma
-    return _error(prediction, target).abs().flatten(1).mean(dim=1)
+    return _mean(_error(prediction, target).abs(), pixels)
 
 
 def huber(
-    prediction: Tensor, target: Tensor, fraction: Tensor, sigma: Tensor, *, c: float = 0.1, schedule: str = "snr"
+    prediction: Tensor,
+    target: Tensor,
+    fraction: Tensor,
+    sigma: Tensor,
+    pixels: Tensor | None = None,
+    *,
+    c: float = 0.1,
+    schedule: str = "snr",
 ) -> Tensor:
     """Scheduled pseudo-Huber: 2 c (sqrt(error^2 + c^2) - c) (arXiv 2403.16728). [b].
 
@@ -68,7 +76,12 @@ def huber(
     error = _error(prediction, target)
     scale = per_example(scheduled, error)
     # 2 c (sqrt(e^2 + c^2) - c), written without the difference of nearly equal numbers
-    return (2 * scale * error**2 / (torch.sqrt(error**2 + scale**2) + scale)).flatten(1).mean(dim=1)
+    return _mean(2 * scale * error**2 / (torch.sqrt(error**2 + scale**2) + scale), pixels)
+
+
+def _mean(each: Tensor, pixels: Tensor | None) -> Tensor:
+    """The mean over all pixels, also those that count little: an example with a small mask teaches little."""
+    return (each if pixels is None else each * pixels).flatten(1).mean(dim=1)
 
 
 def _error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ networks are in evaluation mode: a run with validation ends in the same weights 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +35,17 @@ class FixedExamples:
     Args:
         fetch: makes the batch of a `Draw`, whose `indices` name the examples.
         indices: which ones.
+        kinds: of each; those of different kinds do not go into one batch, and each kind stands together. () says that
+            all are of one.
     """
 
     fetch: Callable[[Draw], Any]
     indices: tuple[int, ...]
+    kinds: tuple[Any, ...] = ()
+
+    def borders(self) -> set[int]:
+        """Positions at which another kind begins."""
+        return {at for at, (one, next_) in enumerate(itertools.pairwise(self.kinds), 1) if one != next_}
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,7 @@ class Validation:
         self.count, self.seed, self.stage, self.every = len(seen.indices), seed, stage, every
         self.parts, self.batch, self.together = parts, batch, together
         self.parting = Parting()
+        self.borders = sorted(held_out.borders() | seen.borders())  # of both, so that both are cut alike
         self.score: Score | None = None
         self.best: Score | None = None
 
@@ -134,9 +143,8 @@ class Validation:
     ) -> dict[str, Tensor] | None:
         """Every loss of every example, `[parts, count]` float64, the same on all processes."""
         rank, world = accelerator.process_index, accelerator.num_processes
-        batches, rounds = _batches(self.count, self.batch, rank, world)
-        if self.together:
-            batches, rounds = [range(self.count)], 1
+        shares = [[range(self.count)]] if self.together else _batches(self.count, self.batch, world, self.borders)
+        batches, rounds = shares[0 if self.together else rank], max(map(len, shares))
         found: dict[str, Tensor] = {}
         for part in range(self.parts):
             for number in range(rounds):
@@ -178,11 +186,16 @@ class Validation:
         self.parting.load_state_dict(state)
 
 
-def _batches(count: int, size: int, rank: int, world: int) -> tuple[list[range], int]:
-    """This process's batches of at most `size` of `count` positions, and how many the process with most has."""
+def _batches(count: int, size: int, world: int, borders: Sequence[int] = ()) -> list[list[range]]:
+    """Each process's batches, of at most `size` of `count` positions; none reaches over a border."""
     share = math.ceil(count / world)
-    end = min(count, (rank + 1) * share)
-    return [range(at, min(at + size, end)) for at in range(rank * share, end, size)], math.ceil(share / size)
+    result = []
+    for rank in range(world):
+        start, end = min(count, rank * share), min(count, (rank + 1) * share)
+        cuts = [start, *(at for at in borders if start < at < end), end]
+        runs = itertools.pairwise(cuts)
+        result.append([range(at, min(at + size, stop)) for first, stop in runs for at in range(first, stop, size)])
+    return result
 
 
 def _summed(found: Mapping[str, Tensor], shape: tuple[int, int], accelerator: Accelerator) -> dict[str, Tensor]:

@@ -27,12 +27,13 @@ def to_pictures(image: Tensor) -> list[Image.Image]:
 def grid(
     pictures: Sequence[Image.Image], columns: int, captions: Sequence[str] = (), *, scale: int = 1, gap: int = 4
 ) -> Image.Image:
-    """Pictures of one size in rows of `columns`, each enlarged `scale` times.
+    """Pictures in rows of `columns`, each enlarged `scale` times; cells are as large as the largest, and smaller
+    pictures stand in their middle.
 
     Args:
         captions: one a row, written above it; none leaves no room for them.
     """
-    width, height = pictures[0].width * scale, pictures[0].height * scale
+    width, height = (max(sides) * scale for sides in zip(*(picture.size for picture in pictures), strict=True))
     rows = -(-len(pictures) // columns)
     head = LINE + gap if captions else 0
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap + head) + gap), "white")
@@ -42,8 +43,10 @@ def grid(
         top = gap + row * (height + gap + head)
         if captions and column == 0:
             pen.text((gap, top), captions[row], fill="black", font=font)
-        enlarged = picture.resize((width, height), Image.Resampling.NEAREST) if scale > 1 else picture
-        sheet.paste(enlarged, (gap + column * (width + gap), top + head))
+        size = picture.width * scale, picture.height * scale
+        enlarged = picture.resize(size, Image.Resampling.NEAREST) if scale > 1 else picture
+        left = gap + column * (width + gap)
+        sheet.paste(enlarged, (left + (width - size[0]) // 2, top + head + (height - size[1]) // 2))
     return sheet
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from latentgen.core.errors import UserError
 from latentgen.core.rand import seed_of
 from latentgen.data.loader import Cut
+from latentgen.data.sources.base import Shape
 from latentgen.diffusion import lookup
 from latentgen.diffusion.guidance import build as build_guidance
 from latentgen.diffusion.guidance import parse
@@ -32,6 +33,7 @@ from latentgen.pipelines.generate import FITTED, Request
 from latentgen.pipelines.guiding import check_negative_prompt, split_prompt
 from latentgen.recipe.process import check_objective, check_process, process
 from latentgen.recipe.schema import Autoencoder, Recipe, TextEncoder, UNet
+from latentgen.recipe.schema_data import Data
 from latentgen.recipe.schema_finetune import Prior
 from latentgen.tasks.diffusion import LEVELS, Objective
 from latentgen.tasks.vae import VaeLosses
@@ -49,6 +51,7 @@ def check(recipe: Recipe, processes: int) -> None:
         raise UserError("train.rollback_every: it is spikes that a run goes back for; give train.spikes a number")
     check_process(recipe)
     _check_previews(recipe)
+    _warn_of_ignored_data(recipe.data)
     for section in ("autoencoder", "text_encoder", "unet"):
         _warn_of_ignored(section, getattr(recipe, section))
     if recipe.text_encoder.contrasts and recipe.text_encoder.source is None and recipe.data.source != "shapes":
@@ -91,6 +94,40 @@ def _warn_of_ignored(name: str, section: Autoencoder | TextEncoder | UNet) -> No
     for key in changed:
         if key not in kept:
             logger.warning("%s.%s is ignored, because %s.from is given", name, key, name)
+
+
+def _warn_of_ignored_data(data: Data) -> None:
+    """Say which settings have no effect on the data that are there."""
+    made, plain = all(part.source == "shapes" for part in data.parts()), Data()
+    if made:
+        for key in ("crop", "buckets", "mask"):
+            if getattr(data, key) != getattr(plain, key):
+                logger.warning("data.%s is ignored: the pictures of data.source shapes are whole squares", key)
+    if data.buckets is None and data.bucket_step != plain.bucket_step:
+        logger.warning("data.bucket_step is ignored without data.buckets")
+    if data.mask is None and data.mask_floor != plain.mask_floor:
+        logger.warning("data.mask_floor is ignored without data.mask")
+
+
+def check_shapes(recipe: Recipe, shapes: Iterable[Shape], vae: Vae, unet: UNet2DConditionModel) -> None:
+    """Raise `UserError` for shapes of pictures that the networks or their training cannot take."""
+    a, data = recipe.autoencoder, recipe.data
+    if data.buckets is None:
+        return
+    levels = 2 ** (len(unet.config["block_out_channels"]) - 1)
+    if data.bucket_step % (factor(vae) * levels):
+        raise UserError(
+            f"data.bucket_step: {data.bucket_step} is not a multiple of {factor(vae) * levels}, what the autoencoder "
+            f"({factor(vae)}) and the U-Net ({levels}) reduce pictures by; choose one"
+        )
+    least = min(min(shape) for shape in shapes)
+    if a.source is None and a.patch is not None and a.patch > least:
+        raise UserError(f"autoencoder.patch: {a.patch} is larger than {least}, the smallest side of data.buckets")
+    if a.source is None and a.critic_weight > 0 and a.patch is None and least < 24:
+        raise UserError(
+            f"autoencoder.critic_weight: the critic needs pictures of 24 pixels or more, and the smallest side of "
+            f"data.buckets is {least}; raise data.resolution, or lower data.buckets"
+        )
 
 
 def seeded(recipe: Recipe, stage: str) -> None:
@@ -257,6 +294,7 @@ def objective(recipe: Recipe, model: Model) -> Objective:
         offset_noise=d.offset_noise,
         pyramid_discount=d.pyramid_discount,
         input_perturbation=d.input_perturbation,
+        mask_floor=recipe.data.mask_floor,
     )
 
 

@@ -16,9 +16,10 @@ from latentgen.core.rand import Draw
 from latentgen.data.controls import Controls
 from latentgen.data.fetch import CachedBatches
 from latentgen.data.masks import NUMBERS, mask_of
-from latentgen.data.sources.base import Source
+from latentgen.data.sources.base import Place, Source
 from latentgen.formats.model import Model
 from latentgen.models.autoencoder import factor
+from latentgen.models.context import AESTHETIC_SCORE, sizes_of
 from latentgen.models.control import build_control, widen
 from latentgen.pipelines.generate import Request
 from latentgen.pipelines.pictures import save_png
@@ -65,9 +66,28 @@ def starting_model(recipe: Recipe, model: Model) -> Model:
     return model
 
 
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What SDXL's U-Net is told of an example: the size of the picture before it was scaled, where it is cut, and the
+    size that training sees.
+
+    Args:
+        count: how many numbers the U-Net reads, as `models.context.sizes_of` knows them.
+    """
+
+    source: Source
+    count: int
+
+    def __call__(self, index: int, at: Place) -> list[float]:
+        frame = self.source.frame(index, at)
+        return sizes_of(self.count, frame.original, frame.corner, self.source.shape(index), AESTHETIC_SCORE)
+
+
 def conditioned(recipe: Recipe, model: Model, source: Source, batches: CachedBatches) -> CachedBatches:
-    """The batches of `source`, with what `model` is shown beside words."""
+    """The batches of `source`, with what `model` is shown or told beside words."""
     more: dict[str, Any] = {"pictures": source, "masks": True} if model.inpaints else {}
+    if model.sizes:
+        more["sizes"] = Told(source, model.sizes)
     kind = control_kind(recipe)
     if kind is not None:
         more["controls"] = Controls(source, kind)

@@ -6,7 +6,8 @@ comes and goes beside it: the activations and gradients of a step, the update, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from latentgen.data.sources.base import Shape
 from latentgen.engine.ema import Ema
 from latentgen.engine.footprint import PROBES, Allocated, Growth, LikeCuda, autocast, growth, storage_bytes
 from latentgen.engine.guard import parts_of
@@ -103,11 +105,13 @@ class Setting:
     """What memory depends on beside the networks.
 
     Args:
-        resolution: of the pictures.
+        resolution: side of the square pictures that previews draw.
         train: the settings of the loop.
         preview: how previews are drawn.
         processes: how many train together.
         keeps: whether what the networks predicted before training is asked for in every step.
+        shape: height and width of the largest pictures that are trained on; None where they are such squares.
+        live: whether pictures are encoded in every step.
     """
 
     resolution: int
@@ -115,6 +119,13 @@ class Setting:
     preview: Preview = field(default_factory=Preview)
     processes: int = 1
     keeps: bool = False
+    shape: Shape | None = None
+    live: bool = False
+
+    @property
+    def square(self) -> Shape:
+        """Of previews."""
+        return self.resolution, self.resolution
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -122,8 +133,11 @@ class Setting:
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.train.precision)
 
 
-def plan_memory(recipe: Recipe) -> str:
+def plan_memory(recipe: Recipe, shapes: Iterable[Shape] = ()) -> str:
     """The table for a recipe's U-Net stage.
+
+    Args:
+        shapes: of the pictures; the largest decides. () says that all are squares of `data.resolution`.
 
     Raises:
         UserError: the recipe's parts do not fit together, or a `from:` folder is missing.
@@ -132,7 +146,15 @@ def plan_memory(recipe: Recipe) -> str:
     processes = train.processes or 1
     share = max(1, train.global_batch // processes)
     micro_batch = share if train.micro_batch in (None, "auto") else min(share, int(train.micro_batch))
-    setting = Setting(recipe.data.resolution, train, recipe.preview, processes=processes, keeps=keeps(recipe))
+    setting = Setting(
+        recipe.data.resolution,
+        train,
+        recipe.preview,
+        processes=processes,
+        keeps=keeps(recipe),
+        shape=max(shapes, key=math.prod, default=None),
+        live=not recipe.data.keeps_latents(),
+    )
     return memory_table(*memory_of(training, setting), micro_batch, share // micro_batch)
 
 
@@ -268,7 +290,7 @@ def _loss(training: Training, setting: Setting, examples: int) -> Tensor:
         name: autocast(network, setting.dtype) if name in training.trains else network
         for name, network in model.networks().items()
     }
-    shown = _shown(model, setting, examples)
+    shown = _shown(model, setting.shape or setting.square, examples, live=setting.live)
     context = _context(training, networks, examples)
     out = predict(networks, shown.latents, _empty(examples), context, channels=shown.channels, control=shown.control)
     return out.float().square().mean()
@@ -283,15 +305,19 @@ class _Shown(NamedTuple):
 
 
 @torch.no_grad()
-def _shown(model: Model, setting: Setting, examples: int) -> _Shown:
-    """Noisy latents; for an inpainting network the mask and the surroundings, which are encoded each time."""
-    resolution, own = setting.resolution, model.latent_channels
-    side, channels = resolution // factor(model.vae), None
+def _shown(model: Model, shape: Shape, examples: int, *, live: bool = False) -> _Shown:
+    """Noisy latents, encoded each time if `live`; for an inpainting network the mask and the surroundings, which always
+    are."""
+    channels = None
+    height, width = (side // factor(model.vae) for side in shape)
+    latents = _empty(examples, model.latent_channels, height, width)
+    if live:
+        latents, _ = encode_moments(model.vae, _empty(examples, 3, *shape))
     if model.inpaints:
-        mean, _ = encode_moments(model.vae, _empty(examples, 3, resolution, resolution))
-        channels = torch.cat([_empty(examples, 1, side, side), mean], dim=1)
-    control = None if model.control is None else _empty(examples, 3, resolution, resolution)
-    return _Shown(_empty(examples, own, side, side), channels, control)
+        mean, _ = encode_moments(model.vae, _empty(examples, 3, *shape))
+        channels = torch.cat([_empty(examples, 1, height, width), mean], dim=1)
+    control = None if model.control is None else _empty(examples, 3, *shape)
+    return _Shown(latents, channels, control)
 
 
 def _context(training: Training, networks: Mapping[str, Any], examples: int) -> Context:
@@ -325,11 +351,11 @@ def _drawing(training: Training, setting: Setting) -> int:
     plain = Training(model, (), {})
 
     def denoise() -> None:
-        shown, context = _shown(model, setting, rows), _context(plain, model.networks(), rows)
+        shown, context = _shown(model, setting.square, rows), _context(plain, model.networks(), rows)
         predict(model.networks(), shown.latents, _empty(rows), context, channels=shown.channels, control=shown.control)
 
     def show() -> None:
-        decode(model.vae, _shown(model, setting, pictures).latents)
+        decode(model.vae, _shown(model, setting.square, pictures).latents)
 
     return max(2 * adapted, adapted + max(_peak(denoise), _peak(show)))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentgen.core.log import counted
+from latentgen.data.sources.base import Shape, shape_counts
 from latentgen.engine.muon import matrices_of, orthogonalised
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import load_model
@@ -30,6 +33,7 @@ from latentgen.recipe.memory import plan_memory
 from latentgen.recipe.presets import filled
 from latentgen.recipe.prior import class_folder, keeps
 from latentgen.recipe.schema import Recipe
+from latentgen.recipe.sizes import sizes_of, tell
 
 PROBE = 2
 """Examples of the counted forward pass; FLOPs are proportional to it."""
@@ -107,23 +111,24 @@ def _training_flops(module: nn.Module, *inputs: Tensor, **named: Tensor) -> floa
     return flops_of(run) / PROBE
 
 
-def make_plan(recipe: Recipe, examples: int | None = None) -> Plan:
+def make_plan(recipe: Recipe, shapes: Mapping[Shape, int] | None = None) -> Plan:
     """Count a recipe's cost on meta tensors.
 
     Args:
-        examples: trained on, where they have been counted already.
+        shapes: how many examples of each shape are trained on, where they have been counted already.
 
     Raises:
         UserError: the recipe's parts do not fit together, or a `from:` folder or the data are missing.
     """
-    if examples is None:
-        examples = mixed_count(recipe, len(sources.examples(recipe).training))
+    if shapes is None:
+        shapes = mixed_shapes(recipe, shape_counts(sources.examples(recipe).training))
+    examples = sum(shapes.values())
     side, stages, prior_flops = recipe.data.resolution, [], 0.0
     with torch.device("meta"):
         vae, model = _vae(recipe), None
         image = torch.empty(PROBE, 3, side, side)
         if recipe.autoencoder.source is None:
-            flops = _vae_flops(recipe, vae)
+            flops = _mean(shapes, partial(_vae_flops, recipe, vae))
             stages.append(_stage(recipe, "vae", vae, flops))
         context, text_flops = _text(recipe, image, stages)
         control: ControlNetModel | None = None
@@ -136,34 +141,54 @@ def make_plan(recipe: Recipe, examples: int | None = None) -> Plan:
             unet, control = model.unet, model.control
             if context.pooled is not None:
                 context = context._replace(sizes=torch.empty(PROBE, size_count(unet, context.pooled.shape[-1])))
-        reduced = side // factor(vae)
-        latents = torch.empty(PROBE, vae.config["latent_channels"], reduced, reduced)
-        made = _made(recipe)
+        build.check_shapes(recipe, shapes, vae, unet)
+        latents, made = _latents(vae, (side, side)), _made(recipe)
         once = _prediction_flops(unet, latents, context) if made or keeps(recipe) else 0.0
         if made:
             decoded = flops_of(lambda: decode(vae, latents)) / PROBE
             guided = 1 if recipe.preview.guidance_scale == 1 else 2
             prior_flops = made * (recipe.preview.num_inference_steps * guided * once + decoded)
-        pictures = examples * (1 + recipe.data.flip)
-        encode = flops_of(lambda: vae.encode(image)) / PROBE
-        flops = _unet_flops(unet, control, latents, context, image)
+        encode = _mean(shapes, lambda shape: flops_of(lambda: vae.encode(torch.empty(PROBE, 3, *shape))) / PROBE)
+        flops = _mean(
+            shapes, lambda s: _unet_flops(unet, control, _latents(vae, s), context, torch.empty(PROBE, 3, *s))
+        )
         if unet.config["in_channels"] > latents.shape[1]:
             flops += encode  # of the masked picture, anew in every step
+        if not recipe.data.keeps_latents():
+            flops += encode
         if keeps(recipe):
             flops += once / 2  # class pictures are half of the examples
         stages.append(_stage(recipe, "unet", unet if control is None else control, flops))
     captions = examples * (recipe.data.captions or 4)  # an upper guess: equal captions are cached once
-    disk = 2 * (pictures * 2 * latents[0].numel() + captions * context.states[0].numel())
+    pictures = examples * (1 + recipe.data.flip) if recipe.data.keeps_latents() else 0
+    values = pictures * 2 * _mean(shapes, lambda shape: _latents(vae, shape)[0].numel())
+    disk = 2 * (round(values) + captions * context.states[0].numel())
     cost = pictures * encode + captions * text_flops
     return Plan(tuple(stages), cost, disk, prior_flops, made * 3 * side * side)
 
 
-def mixed_count(recipe: Recipe, own: int) -> int:
-    """How many examples are trained on, class pictures included, where there are `own` others."""
-    prior = recipe.finetune.prior if recipe.finetune is not None else None
+def mixed_shapes(recipe: Recipe, own: Mapping[Shape, int]) -> dict[Shape, int]:
+    """How many examples of each shape are trained on, class pictures included, where there are `own` others."""
+    prior, side = recipe.finetune.prior if recipe.finetune is not None else None, recipe.data.resolution
     if prior is None:
-        return own
-    return own + (prior.pictures if prior.path is None else len(class_folder(recipe)))
+        return dict(own)
+    beside = {(side, side): prior.pictures} if prior.path is None else shape_counts(class_folder(recipe))
+    return dict(Counter(own) + Counter(beside))
+
+
+def _mean(shapes: Mapping[Shape, int], of: Callable[[Shape], float]) -> float:
+    """The mean over all examples of what depends on their shape; upright or lying is the same."""
+    counts: Counter[Shape] = Counter()
+    for (height, width), count in shapes.items():
+        counts[min(height, width), max(height, width)] += count
+    if len(counts) == 1:
+        return of(*counts)
+    return sum(count * of(shape) for shape, count in counts.items()) / sum(counts.values())
+
+
+def _latents(vae: AutoencoderKL, shape: Shape) -> Tensor:
+    times = factor(vae)
+    return torch.empty(PROBE, vae.config["latent_channels"], shape[0] // times, shape[1] // times)
 
 
 def _made(recipe: Recipe) -> int:
@@ -191,6 +216,7 @@ def _unet_flops(
     networks = {"unet": unet.train().requires_grad_(control is None), "control": control}
     channels = _channels(unet, latents)
     shown = None if control is None else image
+    context = context.each(Tensor.detach)  # no gradient goes into text: its states are cached
 
     def run() -> None:
         predict(networks, latents, torch.empty(PROBE), context, channels=channels, control=shown).sum().backward()
@@ -255,18 +281,17 @@ def _vae(recipe: Recipe) -> AutoencoderKL:
     return build.new_vae(recipe)
 
 
-def _vae_flops(recipe: Recipe, vae: AutoencoderKL) -> float:
+def _vae_flops(recipe: Recipe, vae: AutoencoderKL, shape: Shape) -> float:
     """FLOPs of one example, averaged over the steps that show patches and those that show whole pictures."""
     a, trained, steps = recipe.autoencoder, AutoencoderForTraining(vae), recipe.stage_train("vae").steps
 
-    def of(side: int) -> float:
-        latent = torch.empty(PROBE, vae.config["latent_channels"], side // factor(vae), side // factor(vae))
-        return _training_flops(trained, torch.empty(PROBE, 3, side, side), latent)
+    def of(shown: Shape) -> float:
+        return _training_flops(trained, torch.empty(PROBE, 3, *shown), _latents(vae, shown))
 
     if a.patch is None:
-        return of(recipe.data.resolution)
+        return of(shape)
     patches = min(a.patch_steps if a.patch_steps is not None else steps, steps) / steps
-    return patches * of(a.patch) + (1 - patches) * of(recipe.data.resolution)
+    return patches * of((a.patch, a.patch)) + (1 - patches) * of(shape)
 
 
 def _text(recipe: Recipe, image: Tensor, stages: list[StagePlan]) -> tuple[Context, float]:
@@ -295,7 +320,9 @@ def describe(recipe: Recipe) -> str:
     Raises:
         UserError: a mistake that can be found without training.
     """
-    pictures = len(sources.examples(recipe).training)
-    recipe = filled(recipe, pictures)
+    training = sources.examples(recipe).training
+    recipe = filled(recipe, len(training))
     build.check(recipe, processes=1)
-    return f"{dump_recipe(recipe)}\n{make_plan(recipe, mixed_count(recipe, pictures)).table()}\n\n{plan_memory(recipe)}"
+    tell(sizes_of(training, recipe.data), recipe.data)
+    shapes = mixed_shapes(recipe, shape_counts(training))
+    return f"{dump_recipe(recipe)}\n{make_plan(recipe, shapes).table()}\n\n{plan_memory(recipe, shapes)}"

@@ -83,7 +83,13 @@ def class_folder(recipe: Recipe) -> Source:
             f"finetune.prior.path: {prior.path}: no such folder; leave it out, and the model makes the pictures"
         )
     own = data.model_copy(
-        update={"source": "folder", "path": prior.path, "split": None, "caption": next(filter(None, prior.prompts()))}
+        update={
+            "source": "folder",
+            "path": prior.path,
+            "split": None,
+            "caption": next(filter(None, prior.prompts())),
+            "mask": None,  # what the subject's masks leave out, class pictures are there to keep
+        }
     )
     return pictures_of(own)
 

@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
@@ -26,9 +25,9 @@ from latentgen.core.errors import UserError
 from latentgen.core.files import clear_leftovers, content_key, file_sha256, write_json, write_text
 from latentgen.core.runfolder import RunFolder
 from latentgen.data.captions import TagDraws, first_captions
-from latentgen.data.fetch import CachedBatches, PictureBatches, to_tensor
+from latentgen.data.fetch import CachedBatches, PictureBatches, squared, to_bytes
 from latentgen.data.loader import Loader
-from latentgen.data.sources.base import Source
+from latentgen.data.sources.base import Source, shape_counts
 from latentgen.data.sources.mixture import Mixture
 from latentgen.engine.agreement import held
 from latentgen.engine.guard import require_finite
@@ -43,7 +42,6 @@ from latentgen.formats.model import Model
 from latentgen.formats.model_folder import load_model, quiet_libraries, save_model
 from latentgen.models.autoencoder import Vae
 from latentgen.models.clip import Clip, load_clip
-from latentgen.models.context import AESTHETIC_SCORE, sizes_of
 from latentgen.models.quick import quicken
 from latentgen.models.text import Tower, train_tokenizer
 from latentgen.models.unet import checkpoint_activations
@@ -67,6 +65,7 @@ from latentgen.recipe.presets import filled
 from latentgen.recipe.prior import class_part, keeps, make_class_pictures, with_prior
 from latentgen.recipe.reporting import Reporter, note_start
 from latentgen.recipe.schema import Recipe
+from latentgen.recipe.sizes import sizes_of, tell
 from latentgen.recipe.validation import validation, wanted
 from latentgen.tasks.caching import Share, cache_latents
 from latentgen.tasks.clip import ClipTask, finish_clip
@@ -82,6 +81,7 @@ FREE_KEYS = {
     "train.ema_device", "autoencoder.train.ema_device", "text_encoder.train.ema_device",
     "train.micro_batch", "train.processes", "autoencoder.train.micro_batch", "text_encoder.train.micro_batch",
     "train.bad_steps", "train.trackers", "unet.gradient_checkpointing", "data.workers", "data.cache",
+    "data.max_upscale",
 }  # fmt: skip
 """What may change between two commands of one run: nothing that the weights depend on."""
 
@@ -107,6 +107,8 @@ class Run:
         self.accelerator: Accelerator = self.world.accelerator
         self.watch = Watch(self.accelerator)
         self.on_cpu = self.accelerator.device.type == "cpu"
+        self.sizes = sizes_of(self.examples.training, recipe.data)
+        tell(self.sizes, recipe.data)
         weights = _from_weights(recipe)
         self.source: Source = with_prior(recipe, self.examples.training, weights)
         self.inputs = {"data": self.source.key(), "from": weights}
@@ -123,7 +125,7 @@ class Run:
             logger.info("%s is finished; choose another name= to train anew", self.result)
             return self.result
         build.check(self.recipe, self.accelerator.num_processes)
-        plan = make_plan(self.recipe, len(self.source))
+        plan = make_plan(self.recipe, shape_counts(self.source))
         lock = held(self.folder.path, f"the run {self.folder.path}", self.accelerator)
         if self.on_cpu:
             keep_memory()
@@ -185,6 +187,8 @@ class Run:
             write_json(self.folder.path / "inputs.json", self.inputs)
             if self.examples.skipped:
                 write_json(self.folder.path / "skipped.json", dict(self.examples.skipped))
+            if not self.sizes.plain():
+                write_json(self.folder.path / "sizes.json", self.sizes.document())
             write_text(self.folder.recipe, head + dump_recipe(self.recipe))
             note_start(self.folder.path, len(self.source), self.accelerator)
         self.accelerator.wait_for_everyone()
@@ -253,28 +257,25 @@ class Run:
         world = self.accelerator.num_processes
         return validation(self.recipe, examples, stage, measure, held_out=held_out, seen=seen, world=world, **more)
 
+    def _pictures(self, source: Source, **more: Any) -> PictureBatches:
+        data = self.recipe.data
+        return PictureBatches(source, flip=data.flip, crop=data.crop == "random", **more)
+
     def _vae(self) -> Vae:
         if self.recipe.autoencoder.source is not None:
             return self._frozen(load_model(Path(self.recipe.autoencoder.source)).vae)
         result = self.folder.result("vae")
         if not result.is_dir():
             held_out = self.examples.held_out
-            pictures = to_tensor([held_out.image(i) for i in range(len(held_out))])
+            pictures = [held_out.image(i) for i in range(len(held_out))]
             task = VaeTask(build.new_vae(self.recipe), build.vae_losses(self.recipe), pictures)
             a = self.recipe.autoencoder
-            fetch = PictureBatches(
-                self.source,
-                flip=self.recipe.data.flip,
-                patch=a.patch,
-                patch_steps=a.patch_steps,
-                patch_tries=a.patch_tries,
-                captions=0,
-            )
+            whole = partial(self._pictures, captions=0)
+            fetch = whole(self.source, patch=a.patch, patch_steps=a.patch_steps, patch_tries=a.patch_tries)
 
             def finish(averaged: Mapping[str, nn.Module]) -> None:
                 finish_vae(averaged["vae"], self.source, self.recipe.seed, result)
 
-            whole = partial(PictureBatches, flip=self.recipe.data.flip, captions=0)
             self._stage(task, fetch, finish, self._validation("vae", task.measure, whole))
         with quiet_libraries():
             vae = AutoencoderKL.from_pretrained(result)
@@ -299,11 +300,13 @@ class Run:
                 warn_of_cuts(some_captions(self.source, limit), tokenizer, 1, key="text_encoder.context_length")
             held_out = self.examples.held_out
             numbers = range(len(held_out))
-            pairs = to_tensor([held_out.image(i) for i in numbers]), [held_out.captions(i)[0] for i in numbers]
+            side = self.recipe.data.resolution  # of the squares that the image tower sees
+            pictures = to_bytes([squared(held_out.image(i), side) for i in numbers])
+            pairs = pictures, [held_out.captions(i)[0] for i in numbers]
             assert isinstance(tokenizer.eos_token_id, int)
             clip = build.new_clip(self.recipe, len(tokenizer), tokenizer.eos_token_id)
             task = ClipTask(clip, tokenizer, pairs, t.late)
-            shown = partial(PictureBatches, flip=self.recipe.data.flip, captions=limit)
+            shown = partial(self._pictures, captions=limit, square=side)
             fetch = shown(self.source, contrasts=t.contrasts, tags=self._tags(self.source))
 
             def plain(source: Source) -> PictureBatches:
@@ -406,22 +409,21 @@ class Run:
         share = self._share()
         cache, data = Path(self.recipe.data.cache), self.recipe.data
         with self.watch.following([model.vae, *(tower.encoder for tower in model.towers)]):
-            self.watch.mark("caching latents")
-            latents = cache_latents(model, source, cache, flip=data.flip, share=share)
+            latents, pictures = None, {}
+            if data.keeps_latents():
+                self.watch.mark("caching latents")
+                latents = cache_latents(model, source, cache, flip=data.flip, share=share)
+            else:
+                pictures = {"pictures": source, "flip": data.flip, "crop": data.crop == "random"}
             self.watch.mark("caching text states")
             live, tags = runs_text(training), self._tags(source)
             words = words_of(self.recipe, model, source, cache, share, live=live, tags=tags)
         values = {}
-        if model.sizes:
-            # Pictures reach training cut and scaled: that is the original the network is told of.
-            whole = (data.resolution, data.resolution)
-            row = sizes_of(model.sizes, whole, (0, 0), whole, AESTHETIC_SCORE)
-            values["sizes"] = np.tile(np.array(row, dtype=np.float32), (len(source), 1))
         if isinstance(source, Mixture):
             values["weight"] = source.example_weights()
             if keeps(self.recipe) and source is self.source:
                 values["kept"] = source.part_numbers() == 1  # with_prior: the class is the second part
-        batches = CachedBatches(latents, words, values)
+        batches = CachedBatches(latents, words, values, weighing=source if data.mask else None, **pictures)
         return conditioned(self.recipe, model, source, batches)
 
     def _frozen(self, network: Any) -> Any:

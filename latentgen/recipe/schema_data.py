@@ -134,12 +134,21 @@ class Data(Section):
     def _consistent(self) -> Data:
         if self.source not in ("shapes", "mixture") and not self.path:
             raise ValueError("path: say where the pictures are (data.path=my_pictures)")
+        if self.buckets is not None and self.bucket_step > self.resolution:
+            raise ValueError(
+                f"bucket_step: {self.bucket_step} is larger than data.resolution, {self.resolution}: no shape fits; "
+                "lower it"
+            )
         if (self.source == "mixture") != bool(self.mixture):
             raise ValueError("mixture: list its sources, and say data.source: mixture")
         for number, part in enumerate(self.mixture):
             if part.source != "shapes" and not part.path:
                 raise ValueError(f"mixture.{number}.path: say where its pictures are")
         return self
+
+    def keeps_latents(self) -> bool:
+        """Whether latents are made once; else pictures are encoded anew in each step."""
+        return not self.live and self.crop != "random"
 
     def colour(self) -> tuple[int, int, int]:
         """The background, red, green and blue from 0 to 255."""

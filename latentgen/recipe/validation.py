@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from latentgen.core.rand import Draw
 from latentgen.data.order import permute
+from latentgen.data.sources.base import Source
 from latentgen.engine.validation import FixedExamples, Measure, Validation
 from latentgen.recipe import build, sources
 from latentgen.recipe.schema import Recipe
@@ -50,8 +51,8 @@ def validation(
     chosen = permute(np.arange(count), len(examples.training), seed, stage, "validation")
     return Validation(
         measure,
-        FixedExamples(held_out, tuple(range(count))),
-        FixedExamples(seen, tuple(int(i) for i in chosen)),
+        _fixed(held_out, examples.held_out, range(count)),
+        _fixed(seen, examples.training, [int(i) for i in chosen]),
         seed=seed,
         stage=stage,
         every=recipe.stage_train(stage).validate_every,
@@ -59,3 +60,9 @@ def validation(
         batch=len(build.cut(recipe, stage, world=world).rows()[0]),
         together=together,
     )
+
+
+def _fixed(fetch: Fetch, source: Source, indices: Sequence[int]) -> FixedExamples:
+    """Examples by shape, which is what a batch has one of; else in the order in which they were chosen."""
+    order = sorted(indices, key=source.shape)
+    return FixedExamples(fetch, tuple(order), tuple(source.shape(index) for index in order))

@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 
 from latentgen.core.files import write_folder
 from latentgen.core.rand import Draw
+from latentgen.data.fetch import from_bytes
 from latentgen.engine.task import Phase
 from latentgen.models.clip import Clip, ClipFeatures, ClipForTraining, contrastive_loss, save_clip, to_transformers
 from latentgen.models.late_interaction import late_loss
@@ -26,7 +27,7 @@ class ClipTask:
     Args:
         clip: the two towers.
         tokenizer: of the text tower.
-        held_out: pictures `[n, 3, h, w]` in [-1, 1] and their n captions, on which retrieval is measured.
+        held_out: pictures, uint8 `[n, 3, h, w]`, and their n captions, on which retrieval is measured.
         late: weight of the loss that matches single words with places of the picture; 0 leaves it out.
     """
 
@@ -69,7 +70,7 @@ class ClipTask:
 
     def _features(self, clip: nn.Module, image: Tensor, captions: list[str]) -> ClipFeatures:
         device = self._device_of.device
-        return clip(image.to(device), tokenize(self.tokenizer, captions).to(device))
+        return clip(from_bytes(image.to(device)), tokenize(self.tokenizer, captions).to(device))
 
     @torch.no_grad()
     def preview(self, averaged: Mapping[str, nn.Module], step: int, folder: Path) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Training the U-Net on cached latents and text states; fine-tuning is this task from other weights."""
+"""Training the U-Net on latents and text states, as a rule cached ones; fine-tuning is this task from other weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latentgen.core.rand import Draw
+from latentgen.data.fetch import from_bytes
 from latentgen.diffusion.forward import diffuse
 from latentgen.diffusion.log_variance import LogVariance
 from latentgen.diffusion.losses import Loss, mse
@@ -61,6 +62,7 @@ class Objective:
         loss: (prediction, target `[b, c, h, w]`, fraction of the process's time, sigma `[b]`) -> `[b]`.
         vlb_weight: of the variational bound, which teaches the variance where the network has channels for it.
         offset_noise, pyramid_discount, input_perturbation: strengths of the kinds in `diffusion.noise`; 0 is none.
+        mask_floor: what a pixel counts where the batch's mask is black, or darker than this.
     """
 
     parameterization: Parameterization
@@ -73,6 +75,7 @@ class Objective:
     offset_noise: float = 0.0
     pyramid_discount: float = 0.0
     input_perturbation: float = 0.0
+    mask_floor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Noised:
         context: what the network reads of the captions.
         channels: `[b, k, h, w]`, shown beside x: mask and surroundings, to an inpainting network; None for others.
         control: `[b, 3, H, W]` in [0, 1], what a ControlNet is shown; None without one.
+        pixels: `[b, 1, h, w]` in [0, 1], what each pixel of the latents counts in the loss; None where all count.
     """
 
     x0: Tensor
@@ -99,6 +103,7 @@ class Noised:
     context: Context
     channels: Tensor | None = None
     control: Tensor | None = None
+    pixels: Tensor | None = None
 
 
 Networks = Mapping[str, Any]
@@ -165,10 +170,11 @@ class DiffusionTask:
         return self._noised(self._networks(), batch, draw, u, sigma, share)
 
     def _noised(self, networks: Networks, batch: Any, draw: Draw, u: Tensor, sigma: Tensor, share: Tensor) -> Noised:
-        device, shape = self._device(), batch["mean"].shape[1:]
-        z = batch["mean"]
+        device = self._device()
+        z, std = self._moments(networks, batch)
+        shape = z.shape[1:]
         if self.objective.posterior == "sample":
-            z = sample_latents(z, batch["std"], draw.normal("posterior", shape))
+            z = sample_latents(z, std, draw.normal("posterior", shape).to(z.device))
         x0 = latents_of(self.model.vae, z).to(device)
         noise = self._noise(draw, shape)
         shown = noise
@@ -179,7 +185,24 @@ class DiffusionTask:
             *(x0, noise.to(device), x, sigma, share, u.to(device), self._context(networks, batch)),
             channels=self._channels(networks, batch),
             control=batch["control"].to(device) if "control" in batch else None,
+            pixels=self._pixels(batch, shape[1], shape[2]),
         )
+
+    @torch.no_grad()
+    def _moments(self, networks: Networks, batch: Any) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of raw latents `[b, c, h, w]`: cached, or of pictures that are encoded here."""
+        if "mean" in batch:
+            return batch["mean"], batch["std"]
+        device = self._device()
+        with torch.autocast(device.type, enabled=False):  # as for the cache: in half precision some VAEs overflow
+            return encode_moments(networks["vae"], from_bytes(batch["image"].to(device)))
+
+    def _pixels(self, batch: Any, height: int, width: int) -> Tensor | None:
+        """What each pixel of the latents counts: the mean of the mask over the pixels that it stands for."""
+        if "loss_mask" not in batch:
+            return None
+        mask = batch["loss_mask"].to(self._device()).float() / 255
+        return functional.adaptive_avg_pool2d(mask, (height, width)).clamp_min(self.objective.mask_floor)
 
     def _context(self, networks: Networks, batch: Any) -> Context:
         """What the U-Net reads of the captions: cached, or encoded here where a text encoder is trained."""
@@ -201,7 +224,7 @@ class DiffusionTask:
         if "mask" not in batch:
             return None
         device, mask = self._device(), batch["mask"]
-        mean, _ = encode_moments(networks["vae"], (batch["image"] * (1 - mask)).to(device))
+        mean, _ = encode_moments(networks["vae"], (from_bytes(batch["image"]) * (1 - mask)).to(device))
         outside = latents_of(self.model.vae, mean)
         return torch.cat([functional.interpolate(mask.to(device), outside.shape[2:], mode="nearest"), outside], dim=1)
 
@@ -230,9 +253,9 @@ class DiffusionTask:
     def losses(self, phase: str, batch: Any, draw: Draw) -> dict[str, Tensor]:
         """Means over the batch.
 
-        `loss`: what is minimised; `error`: the squared error of the prediction without weights, and of it `error/1` to
-        `error/4`, the quarters of the noise levels from the cleanest to the noisiest; `vlb`, where the variance is
-        learned: the variational bound's terms summed over all times, in bits per dimension.
+        `loss`: what is minimised; `error`: the squared error of the prediction without weights and masks, and of it
+        `error/1` to `error/4`, the quarters of the noise levels from the cleanest to the noisiest; `vlb`, where the
+        variance is learned: the variational bound's terms summed over all times, in bits per dimension, without masks.
         """
         d, p, o = self.draws(batch, draw), self.objective.parameterization, self.objective
         target = p.target(d.x0, d.noise, d.sigma)
@@ -282,7 +305,8 @@ class DiffusionTask:
         prediction = out[:, : d.x.shape[1]]
         fraction = p.fraction_of_sigma(d.sigma)
         error = mse(prediction, target, fraction, d.sigma)
-        each = (error if o.loss is mse else o.loss(prediction, target, fraction, d.sigma)) * o.weight(d.sigma, p)
+        plain = o.loss is mse and d.pixels is None
+        each = (error if plain else o.loss(prediction, target, fraction, d.sigma, d.pixels)) * o.weight(d.sigma, p)
         return error, each, out
 
     @torch.no_grad()

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from latentgen.core.files import write_folder, write_json
 from latentgen.core.rand import Draw
 from latentgen.core.tensors import require_finite
-from latentgen.data.fetch import to_tensor
+from latentgen.data.fetch import from_bytes, to_tensor
 from latentgen.data.sources.base import Source
 from latentgen.engine.task import Phase
 from latentgen.models.autoencoder import (
@@ -51,6 +54,9 @@ class VaeLosses:
     critic_channels: int = 32
 
 
+SHOWN = 8
+"""Held-out pictures in a preview."""
+
 PIXEL_LOSSES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "l1": lambda error: error.abs().mean(),
     "l2": lambda error: error.square().mean(),
@@ -63,13 +69,13 @@ class VaeTask:
 
     Args:
         vae: the network.
-        held_out: pictures `[n, 3, h, w]` in [-1, 1] on which PSNR and SSIM are measured.
+        held_out: pictures, uint8 `[h, w, 3]` of any shapes, on which PSNR and SSIM are measured.
     """
 
     name = "vae"
 
-    def __init__(self, vae: AutoencoderKL, losses: VaeLosses, held_out: Tensor) -> None:
-        self.vae, self.weights, self.held_out = vae, losses, held_out
+    def __init__(self, vae: AutoencoderKL, losses: VaeLosses, held_out: Sequence[NDArray[np.uint8]]) -> None:
+        self.vae, self.weights, self.held_out = vae, losses, tuple(held_out)
         # On the CPU the narrow full-size convolutions run several times faster in this layout.
         trained = AutoencoderForTraining(vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.modules: dict[str, nn.Module] = {"vae": trained}
@@ -88,7 +94,7 @@ class VaeTask:
 
     def losses(self, phase: str, batch: Any, draw: Draw) -> dict[str, Tensor]:
         """Means over the batch: `loss`, and its parts `pixel`, `kl`, `perceptual`, `adversarial`."""
-        image = batch["image"].to(self.vae.device)
+        image = from_bytes(batch["image"].to(self.vae.device))
         if phase == "critic":
             with torch.no_grad():
                 fake = self._reconstruct(image, draw).reconstruction
@@ -119,7 +125,7 @@ class VaeTask:
     @torch.no_grad()
     def measure(self, averaged: Mapping[str, nn.Module], batch: Any, draw: Draw) -> dict[str, Tensor]:
         """Of each picture `[b]`: `loss`, the training loss without the critic, which changes; and of it `pixel`."""
-        image = batch["image"].to(self.vae.device)
+        image = from_bytes(batch["image"].to(self.vae.device))
         noise = draw.normal("posterior", noise_shape(self.vae, image)[1:]).to(image.device)
         out = averaged["vae"](image, noise)
         pixel = torch.stack([PIXEL_LOSSES[self.weights.pixel](error) for error in out.reconstruction - image])
@@ -133,16 +139,33 @@ class VaeTask:
     @torch.no_grad()
     def preview(self, averaged: Mapping[str, nn.Module], step: int, folder: Path) -> dict[str, float]:
         """Held-out pictures above their reconstructions; PSNR in dB and SSIM over all of them."""
-        vae = averaged["vae"]
-        image = self.held_out.to(self.vae.device)
-        parts = [vae(x, torch.zeros(noise_shape(self.vae, x), device=x.device)) for x in image.split(16)]
-        again = torch.cat([part.reconstruction for part in parts]).clamp(-1, 1)
-        shown = min(8, len(image))
-        pictures = to_pictures(torch.cat([image[:shown], again[:shown]]))
+        quality = torch.zeros(2, len(self.held_out), dtype=torch.float64)
+        shown = min(SHOWN, len(self.held_out))
+        pictures: dict[int, Image.Image] = {}
+        for numbers in by_shape([picture.shape[:2] for picture in self.held_out]):
+            image = to_tensor([self.held_out[i] for i in numbers]).to(self.vae.device)
+            again = self._again(averaged["vae"], image)
+            quality[:, numbers] = torch.stack([psnr(image, again).double().cpu(), ssim(image, again)])
+            for row, i in enumerate(numbers):
+                if i < shown:
+                    pictures[i], pictures[shown + i] = to_pictures(torch.stack([image[row], again[row]]))
         rows = ("held-out pictures", "reconstructed")
         layout = {"captions": rows, "columns": shown}
-        save_png(grid(pictures, shown, rows, scale=2), folder / f"{step:08d}.png", recipe=layout)
-        return {"psnr": float(psnr(image, again).mean()), "ssim": float(ssim(image, again).mean())}
+        sheet = grid([pictures[i] for i in range(2 * shown)], shown, rows, scale=2)
+        save_png(sheet, folder / f"{step:08d}.png", recipe=layout)
+        return dict(zip(("psnr", "ssim"), quality.mean(dim=1).tolist(), strict=True))
+
+    def _again(self, vae: nn.Module, image: Tensor) -> Tensor:
+        parts = [vae(x, torch.zeros(noise_shape(self.vae, x), device=x.device)) for x in image.split(16)]
+        return torch.cat([part.reconstruction for part in parts]).clamp(-1, 1)
+
+
+def by_shape(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Numbers of those of each shape, in their order."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for number, shape in enumerate(shapes):
+        found.setdefault(shape, []).append(number)
+    return list(found.values())
 
 
 @torch.no_grad()
@@ -155,8 +178,9 @@ def latent_statistics(vae: AutoencoderKL, source: Source, seed: int, pictures: i
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     draws = torch.Generator().manual_seed(seed)
     chosen = range(0, len(source), max(1, len(source) // pictures))
-    for at in range(0, len(chosen), 32):
-        image = to_tensor([source.image(i) for i in chosen[at : at + 32]])
+    groups = by_shape([source.shape(i) for i in chosen])
+    for part in (group[at : at + 32] for group in groups for at in range(0, len(group), 32)):
+        image = to_tensor([source.image(chosen[number]) for number in part])
         mean, std = encode_moments(vae, image.to(vae.device))
         noise = torch.randn(mean.shape, generator=draws).to(mean.device)
         z = sample_latents(mean, std, noise).cpu().double()

@@ -13,7 +13,7 @@ import torch
 from latentgen.core.rand import Draw
 from latentgen.data.captions import CachedWords
 from latentgen.data.controls import Controls
-from latentgen.data.fetch import CachedBatches, PictureBatches, to_tensor
+from latentgen.data.fetch import CachedBatches, PictureBatches, from_bytes, to_bytes, to_tensor
 from latentgen.data.latents import of_one_shape
 from latentgen.data.masks import draw_masks
 
@@ -48,6 +48,7 @@ def cached(variants: int = 1, dropout: float = 0.0, examples: int = 8) -> Cached
 def test_to_tensor_maps_bytes_to_one() -> None:
     picture = np.array([[[0, 51, 255]]], dtype=np.uint8)
     tensor = to_tensor([picture, picture])
+    assert torch.equal(tensor, from_bytes(to_bytes([picture, picture])))
     assert tensor.shape == (2, 3, 1, 1)
     torch.testing.assert_close(tensor[0].flatten(), torch.tensor([-1.0, -0.6, 1.0]))
 
@@ -55,7 +56,8 @@ def test_to_tensor_maps_bytes_to_one() -> None:
 def test_pictures_are_those_of_the_indices(few: Callable, draw: DrawOf) -> None:
     source = few(6)
     batch = PictureBatches(source)(draw(indices=(3, 1, 5, 0, 2, 4, 3, 1)))
-    assert torch.equal(batch["image"], to_tensor([source.image(i) for i in (3, 1, 5, 0, 2, 4, 3, 1)]))
+    assert batch["image"].dtype == torch.uint8
+    assert torch.equal(batch["image"], to_bytes([source.image(i) for i in (3, 1, 5, 0, 2, 4, 3, 1)]))
     for index, caption in zip((3, 1, 5, 0, 2, 4, 3, 1), batch["caption"], strict=True):
         assert caption in source.captions(index)
 
@@ -133,7 +135,9 @@ def test_more_tries_find_more_contrast(few: Callable, draw: DrawOf) -> None:
 
     def contrast(tries: int) -> torch.Tensor:
         d = draw(indices=tuple(i % 6 for i in range(8)))
-        return PictureBatches(few(), patch=5, patch_tries=tries)(d)["image"].flatten(2).std(dim=2).sum(dim=1)
+        return (
+            from_bytes(PictureBatches(few(), patch=5, patch_tries=tries)(d)["image"]).flatten(2).std(dim=2).sum(dim=1)
+        )
 
     one, four, many = contrast(1), contrast(4), contrast(60)
     assert bool((four >= one - 1e-6).all())
@@ -188,10 +192,10 @@ def test_all_that_is_shown_of_an_example_is_mirrored_with_it(few: Callable, draw
     mirrored = batch["mean"][:, 0, 0, 0] >= 8
     assert 0 < int(mirrored.sum()) < 16
     for row, index in enumerate(d.indices):
-        image = to_tensor([source.image(index)])[0]
+        image = to_bytes([source.image(index)])[0]
         image = image.flip(-1) if mirrored[row] else image
         assert torch.equal(batch["image"][row], image)
-        torch.testing.assert_close(batch["control"][row], (1 - image) / 2)
+        torch.testing.assert_close(batch["control"][row], 1 - image / 255)
     assert torch.equal(batch["mask"], draw_masks(d, 16, 16))
     plain = cached(2)(d)
     assert all(torch.equal(batch[key], value) for key, value in plain.items()), "nothing else changes"
@@ -216,3 +220,61 @@ def test_leaving_captions_out_changes_nothing_else(draw: DrawOf) -> None:
 def test_patches_end_at_their_step(few: Callable, draw: DrawOf) -> None:
     fetch = PictureBatches(few(8), patch=8, patch_steps=3)
     assert [fetch(draw(step=step))["image"].shape[-1] for step in (0, 2, 3, 9)] == [8, 8, 16, 16]
+
+
+class Places:
+    """Pictures that show where they are cut: red how far down, green how far to the right; masks show it too."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def shape(self, index: int) -> tuple[int, int]:
+        return 4, 6
+
+    def image(self, index: int, at: Any = (0.5, 0.5)) -> np.ndarray:
+        picture = np.zeros((4, 6, 3), dtype=np.uint8)
+        picture[..., 0], picture[..., 1] = round(255 * at[0]), round(255 * at[1])
+        picture[..., 2] = np.arange(6)
+        return picture
+
+    def mask(self, index: int, at: Any = (0.5, 0.5)) -> np.ndarray | None:
+        return None if index == 7 else self.image(index, at)[..., 1] + np.arange(6, dtype=np.uint8)
+
+    def control(self, index: int, at: Any = (0.5, 0.5)) -> np.ndarray:
+        return self.image(index, at)
+
+
+def sizes_at(index: int, at: tuple[float, float]) -> list[float]:
+    return [index, *at]
+
+
+def test_all_of_an_example_is_cut_at_one_place_of_its_own(draw: DrawOf) -> None:
+    source: Any = Places()
+    more: dict[str, Any] = {"pictures": source, "weighing": source, "controls": Controls(source, "picture")}
+    fetch = dataclasses.replace(cached(), latents=None, flip=True, crop=True, sizes=sizes_at, **more)
+    d = draw(range(16), global_batch=16, indices=tuple(range(8)) * 2)
+    batch = fetch(d)
+    assert "mean" not in batch
+    at = d.uniform("crop", (2,))
+    mirrored = batch["image"][:, 2, 0, 0] == 5
+    assert 0 < int(mirrored.sum()) < 16
+    assert torch.equal(batch["image"][:, 0, 0, 0], (255 * at[:, 0]).round().byte())
+    assert torch.equal(batch["image"][:, 1, 0, 0], (255 * at[:, 1]).round().byte())
+    torch.testing.assert_close(batch["control"], batch["image"] / 255)
+    for row, index in enumerate(d.indices):
+        expected = torch.full((4, 6), 255) if index == 7 else batch["image"][row, 1] + batch["image"][row, 2]
+        assert torch.equal(batch["loss_mask"][row, 0], expected.byte())
+    left = torch.where(mirrored, 1 - at[:, 1], at[:, 1])
+    torch.testing.assert_close(batch["sizes"], torch.stack([torch.tensor(d.indices).float(), at[:, 0], left], dim=1))
+    again = PictureBatches(source, flip=True, crop=True, captions=0)(d)
+    assert torch.equal(again["image"], batch["image"]), "the stages before cut at the same places by the same draws"
+
+
+def test_whole_pictures_become_squares(few: Callable, draw: DrawOf) -> None:
+    source = few(6, shapes=((16, 16), (12, 24), (24, 8)))
+    batch = PictureBatches(source, captions=0, square=16)(draw(indices=(0, 1, 2, 3, 4, 5, 0, 1)))
+    assert batch["image"].shape == (8, 3, 16, 16)
+    assert torch.equal(batch["image"][0], to_bytes([source.image(0)])[0]), "a square stays as it is"
+    corners = [source.image(1)[y, x] for y in (0, -1) for x in (0, -1)]
+    found = [batch["image"][1, :, y, x].numpy() for y in (0, -1) for x in (0, -1)]
+    assert np.abs(np.subtract(corners, found, dtype=int)).max() <= 20, "nothing is cut off"

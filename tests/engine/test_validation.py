@@ -13,6 +13,8 @@ import pytest
 import torch
 import toy_settings
 from accelerate import Accelerator
+from hypothesis import given
+from hypothesis.strategies import integers, sets
 from torch import Tensor, nn
 
 from latentgen.core.errors import Interrupted
@@ -167,12 +169,19 @@ def test_batches_do_not_matter(batch: int, accelerator: Accelerator) -> None:
 
 @pytest.mark.parametrize(("count", "size", "world"), [(10, 4, 1), (10, 4, 2), (10, 2, 3), (5, 4, 8), (9, 2, 4)])
 def test_every_position_belongs_to_one_process_and_all_ask_as_often(count: int, size: int, world: int) -> None:
-    shares = [_batches(count, size, rank, world) for rank in range(world)]
-    rows = [row for batches, _ in shares for batch in batches for row in batch]
-    assert rows == list(range(count))
-    assert len({rounds for _, rounds in shares}) == 1
-    assert max(len(batches) for batches, _ in shares) == shares[0][1] == len(shares[0][0])
-    assert all(0 < len(batch) <= size for batches, _ in shares for batch in batches)
+    shares = _batches(count, size, world)
+    assert [row for batches in shares for batch in batches for row in batch] == list(range(count))
+    assert max(map(len, shares)) == len(shares[0])
+    assert all(0 < len(batch) <= size for batches in shares for batch in batches)
+
+
+@given(integers(1, 30), integers(1, 8), integers(1, 4), sets(integers(1, 30)))
+def test_no_batch_reaches_over_a_border(count: int, size: int, world: int, borders: set[int]) -> None:
+    shares = _batches(count, size, world, sorted(borders))
+    assert len(shares) == world
+    assert [row for batches in shares for batch in batches for row in batch] == list(range(count))
+    assert all(0 < len(batch) <= size for batches in shares for batch in batches)
+    assert not any(batch.start < at < batch.stop for batches in shares for batch in batches for at in borders)
 
 
 class Dying:

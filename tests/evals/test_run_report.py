@@ -21,7 +21,18 @@ from PIL import Image
 from latentgen.core.errors import UserError
 from latentgen.evals.run_report import write_report
 from latentgen.evals.run_report.charts import stage_charts
-from latentgen.evals.run_report.curves import Axis, Line, chart, nice_ticks, smoothed, thinned, value_axis
+from latentgen.evals.run_report.curves import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    Axis,
+    Line,
+    chart,
+    nice_ticks,
+    smoothed,
+    thinned,
+    value_axis,
+)
 from latentgen.evals.run_report.page import duration
 from latentgen.evals.run_report.read import Series, Stage, read_run
 from latentgen.evals.run_report.strips import evenly, read_strips
@@ -355,3 +366,34 @@ def test_small_things() -> None:
     stage = Stage("x", None, None, {"train": {"steps_per_second": Series([10, 30], [1.0, 4.0])}}, False)
     assert stage.seconds == 15.0
     assert stage.step == 30
+
+
+def test_sizes_of_pictures_are_drawn_true_to_scale(tmp_path: Path) -> None:
+    write_lines(tmp_path, [line("vae", "train", 1, loss=1.0)])
+    assert "Sizes of pictures" not in write_report(tmp_path).read_text()
+    document = {
+        "pictures": [[100, 50, 9, 0], [60, 120, 1, 1]],
+        "shapes": [[64, 32, 9], [48, 96, 1]],
+        "cut_off": 0.125,
+    }
+    (tmp_path / "sizes.json").write_text(json.dumps(document))
+    page = write_report(tmp_path).read_text()
+    reader = read(page)
+    assert "12.5% of the pictures' area is cut off" in " ".join(reader.text)
+    dots = [attrs for tag, attrs in reader.seen if tag == "circle" and "fill-opacity" in attrs]
+    tall, wide = ({key: float(attrs[key] or 0) for key in ("cx", "cy", "r")} for attrs in dots)
+    assert (tall["cx"] - LEFT) / (wide["cx"] - LEFT) == pytest.approx(50 / 120, abs=0.01)
+    floor = HEIGHT - BOTTOM
+    assert (floor - tall["cy"]) / (floor - wide["cy"]) == pytest.approx(100 / 60, abs=0.02)
+    assert tall["r"] > wide["r"]
+
+
+@pytest.mark.parametrize(
+    "document",
+    ["{", "[]", '{"pictures": []}', '{"pictures": [[1, 2, 3, 4]], "shapes": [[1, 1, 1]], "cut_off": 0}',
+     '{"pictures": [["<b>", 2, 3, 0]], "shapes": [[1, 1, 1]], "cut_off": 0}'],
+)  # fmt: skip
+def test_a_file_of_sizes_that_is_none_is_passed_over(document: str, tmp_path: Path) -> None:
+    write_lines(tmp_path, [line("vae", "train", 1, loss=1.0)])
+    (tmp_path / "sizes.json").write_text(document)
+    assert "Sizes of pictures" not in write_report(tmp_path).read_text()

@@ -147,3 +147,34 @@ def test_going_back_needs_spikes_to_go_back_for(tiny_recipe: Recipe) -> None:
     assert build.loop_settings(recipe, "vae").rollback_every == 5
     with pytest.raises(UserError, match=r"train\.rollback_every: .* give train\.spikes a number"):
         build.check(with_(tiny_recipe, train={"rollback_every": 5, "spikes": None}), 1)
+
+
+def test_shapes_must_suit_both_networks(tiny_recipe: Recipe, tiny: Model) -> None:
+    """The tiny autoencoder makes pictures 4 times smaller, the U-Net 2 times."""
+
+    def check(shapes: tuple = ((48, 80),), **changes: object) -> None:
+        recipe = with_(tiny_recipe, data={"buckets": 2, "bucket_step": 16}, autoencoder=changes)
+        build.check_shapes(recipe, shapes, tiny.vae, tiny.unet)
+
+    check()
+    check(patch=48)
+    with pytest.raises(UserError, match=r"autoencoder\.patch: 64 is larger than 48"):
+        check(patch=64)
+    with pytest.raises(UserError, match=r"autoencoder\.critic_weight: .* smallest side of data\.buckets is 16"):
+        check(((64, 64), (16, 128)), critic_weight=1.0)
+    recipe = with_(tiny_recipe, data={"buckets": 2, "bucket_step": 12})
+    with pytest.raises(UserError, match=r"data\.bucket_step: 12 is not a multiple of 8"):
+        build.check_shapes(recipe, [(48, 84)], tiny.vae, tiny.unet)
+    with pytest.raises(ValueError, match=r"bucket_step: 128 is larger than data\.resolution, 64"):
+        with_(tiny_recipe, data={"buckets": 2, "bucket_step": 128})
+
+
+def test_settings_of_the_data_without_effect_are_told(tiny_recipe: Recipe, caplog: pytest.LogCaptureFixture) -> None:
+    build.check(tiny_recipe, 1)
+    assert "ignored" not in caplog.text
+    data = {"crop": "random", "buckets": 2, "mask": "alpha"}
+    build.check(with_(tiny_recipe, data=data), 1)
+    assert all(f"data.{key} is ignored: the pictures" in caplog.text for key in data)
+    build.check(with_(tiny_recipe, data={"bucket_step": 16, "mask_floor": 0.5}), 1)
+    assert "data.bucket_step is ignored without data.buckets" in caplog.text
+    assert "data.mask_floor is ignored without data.mask" in caplog.text

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny as families
 import torch
 from PIL import Image
 from pydantic import ValidationError
@@ -20,7 +21,11 @@ from latentgen.data.captions import CachedWords
 from latentgen.data.edges import edges
 from latentgen.data.fetch import CachedBatches
 from latentgen.data.latents import of_one_shape
+from latentgen.data.reading import Reading
+from latentgen.data.sources.folder import FolderStore
+from latentgen.data.sources.stored import Pictures
 from latentgen.formats.model import Model
+from latentgen.formats.model_folder import load_model
 from latentgen.models.control import widen
 from latentgen.pipelines.editing import hole_of
 from latentgen.pipelines.generate import check, generate
@@ -183,9 +188,9 @@ def test_an_inpainting_network_is_shown_the_mask_and_what_is_outside(
     assert shown.shape == (8, 5, 4, 4)
     assert not shown.requires_grad
     assert torch.equal(shown[:, :1], batch["mask"][:, :, ::4, ::4]), "the mask is the first of them"
-    hidden = {**batch, "image": torch.where(batch["mask"] > 0, torch.rand_like(batch["image"]), batch["image"])}
+    hidden = {**batch, "image": torch.where(batch["mask"] > 0, 255 - batch["image"], batch["image"])}
     assert torch.equal(task.draws(hidden, draw()).channels, shown)
-    seen = {**batch, "image": torch.where(batch["mask"] > 0, batch["image"], torch.rand_like(batch["image"]))}
+    seen = {**batch, "image": torch.where(batch["mask"] > 0, batch["image"], 255 - batch["image"])}
     assert not torch.equal(task.draws(seen, draw()).channels, shown)
 
 
@@ -254,3 +259,26 @@ def test_an_inpainting_base_is_shown_masks_beside_a_controlnet_too(
     for request in previews(following, model, few(), tmp_path):
         check(request, model)
         assert None not in (request.control, request.image, request.mask)
+
+
+def test_sdxl_is_told_where_each_picture_comes_from(
+    tiny_recipe: Recipe, draw: Callable, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    for number, (width, height) in enumerate([(90, 60), (60, 90), (40, 40)]):
+        Image.new("RGB", (width, height)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a picture")
+    reading = Reading(32, "random", shapes=((32, 32),))
+    source = Pictures(FolderStore(str(tmp_path)), reading)
+    model = load_model(families.saved("sdxl", tmp_path_factory.mktemp("sdxl") / "model"))
+    assert model.sizes == 6
+    live = dataclasses.replace(cached(3), latents=None, pictures=source, crop=True)
+    d = draw(range(6), global_batch=6, indices=(0, 1, 2, 0, 1, 2))
+    sizes = conditioned(tiny_recipe, model, source, live)(d)["sizes"]
+    assert sizes.shape == (6, 6)
+    assert sizes[:3, :2].tolist() == [[60, 90], [90, 60], [40, 40]], "as they were, height first"
+    assert sizes[:, 4:].tolist() == [[32, 32]] * 6
+    down, across = d.uniform("crop", (2,)).T
+    free = torch.tensor([[0, 16], [16, 0], [0, 0]] * 2)
+    expected = torch.stack([down, across], dim=1) * free
+    assert float((sizes[:, 2:4] - expected).abs().max()) <= 1
+    assert int((sizes[:, 2:4] > 0).any(dim=1).sum()) >= 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from latentgen.data.sources.base import Source
 from latentgen.recipe import sources
 from latentgen.recipe.schema import Recipe
+from latentgen.recipe.sizes import sizes_of, tell
 from latentgen.recipe.validation import validation, wanted
 
 
@@ -101,3 +103,42 @@ def test_validation_can_be_left_out_of_a_stage(tiny_recipe: Recipe) -> None:
     recipe = Recipe(**values)
     found = sources.examples(recipe)
     assert [wanted(recipe, found, stage) for stage in ("vae", "clip", "unet")] == [True, False, True]
+
+
+def test_what_is_measured_stands_together_by_shape(tiny_recipe: Recipe, few: Callable[..., Source]) -> None:
+    shapes = ((16, 16), (8, 24), (24, 8))
+    found = sources.Examples(few(40, shapes=shapes), few(10, 1, shapes=shapes[:2]))
+    made = validation(tiny_recipe, found, "unet", lambda *_: {}, held_out=lambda draw: draw, seen=lambda draw: draw)
+    for name, source in (("held_out", found.held_out), ("seen", found.training)):
+        examples = made.sets[name]
+        assert examples.kinds == tuple(source.shape(i) for i in examples.indices)
+        assert list(examples.kinds) == sorted(examples.kinds)
+        assert len(set(examples.indices)) == 10
+        assert all(examples.kinds[at] != examples.kinds[at - 1] for at in examples.borders())
+    assert set(made.borders) == made.sets["held_out"].borders() | made.sets["seen"].borders()
+    assert made.sets["held_out"].indices == (1, 3, 5, 7, 9, 0, 2, 4, 6, 8), "in their order otherwise"
+
+
+def test_the_sizes_of_pictures(tiny_recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tmp_path.joinpath("pictures").mkdir()
+    for number, (width, height) in enumerate([(40, 20), (20, 40), (20, 40), (8, 8)]):
+        Image.new("RGB", (width, height)).save(tmp_path / "pictures" / f"{number}.png")
+        (tmp_path / "pictures" / f"{number}.txt").write_text("a picture")
+    more = {"buckets": 2, "bucket_step": 8, "max_upscale": 1.5}
+    data = of_folder(tiny_recipe, tmp_path / "pictures", **more).data
+    sizes = sizes_of(sources.pictures_of(data), data)
+    assert sizes.shapes() == {(16, 8): 2, (16, 16): 1, (8, 16): 1} or len(sizes.shapes()) == 2
+    assert sizes.enlarged(1.5) == (1, "3.png", 2.0)
+    assert sizes.document()["pictures"][0][:3] == [40, 20, 2], "the most frequent first"
+    assert sum(row[2] for row in sizes.document()["shapes"]) == 4
+    squares = of_folder(tiny_recipe, tmp_path / "pictures").data
+    assert sizes_of(sources.pictures_of(squares), squares).cut_off() == pytest.approx(3 / 8)
+    assert sizes.cut_off((16, 16)) == pytest.approx(3 / 8)
+    stretched = squares.model_copy(update={"crop": "stretch"})
+    assert sizes_of(sources.pictures_of(stretched), stretched).cut_off() == 0
+    with caplog.at_level("INFO"):
+        tell(sizes, data)
+    assert "1 of 4 pictures are enlarged by more than data.max_upscale, 1.5" in caplog.text
+    assert "squares would cut off 37.5%" in caplog.text
+    shapes = sources.examples(tiny_recipe).training
+    assert sizes_of(shapes, tiny_recipe.data).plain()

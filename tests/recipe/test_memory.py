@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import tiny as families
 import torch
+from torch import Tensor
 
 from latentgen.engine.footprint import storage_bytes
 from latentgen.engine.optim import build_optimizer
+from latentgen.models.autoencoder import Vae, encode_moments
 from latentgen.models.unet import count_parameters
+from latentgen.recipe import memory
 from latentgen.recipe.load import load_recipe
 from latentgen.recipe.memory import (
     GIB,
@@ -116,6 +119,24 @@ def test_what_settings_change(folders: dict[str, str]) -> None:
     assert again.further(8) < plain.further(8)
     assert 1.5 * plain.further(8) < other.further(8) < 4 * plain.further(8), "four times the pixels, half the width"
     assert again.weights == plain.weights
+
+
+def test_pictures_that_are_encoded_in_the_step_and_their_shape_count(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = training_on_meta(recipe_of(folders["sd1"], "finetune={method: full}"))
+    encoded: set[tuple[int, ...]] = set()
+
+    def encode(vae: Vae, image: Tensor) -> tuple[Tensor, Tensor]:
+        encoded.add(tuple(image.shape[1:]))
+        return encode_moments(vae, image)
+
+    monkeypatch.setattr(memory, "encode_moments", encode)
+    plain, _ = memory._growths(training, Setting(32), checkpointing=False)
+    assert not encoded
+    wide, _ = memory._growths(training, Setting(32, shape=(32, 64), live=True), checkpointing=False)
+    assert encoded == {(3, 32, 64)}
+    assert 1.5 * plain(8) < wide(8) < 2.5 * plain(8)
 
 
 def test_moments() -> None:

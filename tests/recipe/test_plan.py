@@ -76,6 +76,29 @@ def test_the_autoencoder_is_planned_at_the_side_it_sees(plan: Plan, larger: Plan
     assert larger.stages[0].flops * 4 == plan.stages[0].flops, "with steps and batch of its own"
 
 
+def test_shapes_are_planned_by_how_many_pictures_they_have(plan: Plan, tiny_recipe: Recipe) -> None:
+    square, wide = {(64, 64): 32}, {(32, 64): 32}
+    assert make_plan(tiny_recipe, square) == plan
+    half = make_plan(tiny_recipe, wide)
+    both = make_plan(tiny_recipe, {(64, 32): 8, (32, 64): 16, (64, 64): 8})
+    for stage, one, mixed in zip(plan.stages, half.stages, both.stages, strict=True):
+        share = (stage.flops_per_step + 3 * one.flops_per_step) / 4
+        assert mixed.flops_per_step == pytest.approx(share, rel=1e-12)
+    assert half.stages[0].flops == plan.stages[0].flops / 2, "an autoencoder without attention"
+    assert half.stages[1].flops == plan.stages[1].flops, "CLIP sees squares"
+    assert half.stages[2].flops < plan.stages[2].flops / 2 + plan.stages[2].flops / 4
+    assert both.cache_disk == (plan.cache_disk + 3 * half.cache_disk) / 4
+
+
+def test_pictures_that_are_encoded_anew_are_not_kept(plan: Plan, tiny_recipe: Recipe) -> None:
+    live = make_plan(changed(tiny_recipe, "data", live=True))
+    latents, batch = 2 * 32 * 2 * 4 * 16 * 16, tiny_recipe.train.global_batch
+    assert plan.cache_disk - live.cache_disk == latents
+    encode = (live.stages[2].flops_per_step - plan.stages[2].flops_per_step) / batch
+    assert encode > 0
+    assert plan.cache_flops - live.cache_flops == pytest.approx(32 * encode)
+
+
 def test_parameters_are_those_that_are_built(plan: Plan, tiny_recipe: Recipe) -> None:
     vae = build.new_vae(tiny_recipe)
     assert plan.stages[0].parameters == sum(p.numel() for p in vae.parameters())

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from latentgen.core.rand import Draw
 from latentgen.data import fetch
+from latentgen.data.captions import CachedWords
+from latentgen.data.latents import CachedLatents
 from latentgen.tasks.diffusion import DiffusionTask, Noised
 
 
@@ -37,6 +39,17 @@ class Spy:
     def __getitem__(self, rows: Any) -> Any:
         self.rows = [int(row) for row in rows]
         return self.array[rows]
+
+
+class Asked:
+    """Latents that remember of which examples mirror images were asked for."""
+
+    def __init__(self, latents: CachedLatents) -> None:
+        self.latents, self.mirrors, self.mirrored = latents, latents.mirrors, []
+
+    def __call__(self, indices: Any, mirrored: Any) -> Any:
+        self.mirrored = mirrored.tolist()
+        return self.latents(indices, mirrored)
 
 
 def record(folder: str) -> None:
@@ -64,22 +77,24 @@ def record(folder: str) -> None:
         return batch
 
     def cached(self: fetch.CachedBatches, draw: Draw) -> dict[str, Tensor]:
-        moments, states = Spy(self.moments), Spy(self.texts["context"])
-        spied = dataclasses.replace(self, moments=moments, texts={"context": states})  # type: ignore[arg-type]
+        assert isinstance(self.words, CachedWords)
+        states = Spy(self.words.texts["context"])
+        words = dataclasses.replace(self.words, texts={"context": states})  # type: ignore[arg-type]
+        spied = dataclasses.replace(self, words=words)
+        asked = None if self.latents is None else Asked(self.latents)
+        if asked is not None:
+            spied = dataclasses.replace(spied, latents=asked)  # type: ignore[arg-type]
         batch = plain_cached(spied, draw)
-        latent, caption = moments.rows, states.rows
-        write(
-            draw,
-            example=list(draw.indices),
-            mirrored=[row >= len(self.rows) for row in latent],
-            caption_row=caption,
-            dropped=[row == 0 for row in caption],
-        )
+        seen = {name: [digest(x) for x in batch[name]] for name in ("image", "loss_mask", "sizes") if name in batch}
+        if asked is not None:
+            seen["mirrored"] = asked.mirrored
+        caption = states.rows
+        write(draw, example=list(draw.indices), caption_row=caption, dropped=[row == 0 for row in caption], **seen)
         return batch
 
     def draws(self: DiffusionTask, batch: Any, draw: Draw) -> Noised:
         drawn = plain_draws(self, batch, draw)
-        posterior = draw.normal("posterior", batch["mean"].shape[1:])
+        posterior = draw.normal("posterior", drawn.x0.shape[1:])
         write(
             draw,
             noise=[digest(x) for x in drawn.noise],

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from latentgen.core.rand import Draw
-from latentgen.data.fetch import PictureBatches, to_tensor
+from latentgen.data.fetch import PictureBatches, from_bytes, to_bytes
 from latentgen.formats.model import Model
 from latentgen.models.clip import Clip
 from latentgen.models.text import tokenize
@@ -19,7 +19,7 @@ from latentgen.tasks.clip import ClipTask
 @pytest.fixture
 def task(tiny: Model, clip_builder: Callable[[int], Clip], few: Callable) -> ClipTask:
     source = few(4, seed=3)
-    held_out = to_tensor([source.image(i) for i in range(4)]), [source.captions(i)[0] for i in range(4)]
+    held_out = to_bytes([source.image(i) for i in range(4)]), [source.captions(i)[0] for i in range(4)]
     return ClipTask(clip_builder(len(tiny.towers[0].tokenizer)), tiny.towers[0].tokenizer, held_out)
 
 
@@ -29,7 +29,7 @@ def test_losses_are_the_symmetric_cross_entropy(task: ClipTask, few: Callable, d
     losses = task.losses("clip", batch, d)
     clip = task.modules["clip"].clip
     assert isinstance(clip, Clip)
-    image = functional.normalize(clip.encode_image(batch["image"]), dim=-1)
+    image = functional.normalize(clip.encode_image(from_bytes(batch["image"])), dim=-1)
     text = functional.normalize(clip.encode_text(tokenize(task.tokenizer, batch["caption"])), dim=-1)
     logits = clip.logit_scale.exp() * image @ text.T
     right = torch.arange(8)
@@ -44,7 +44,7 @@ def test_false_captions_are_further_columns(task: ClipTask, few: Callable, draw:
     losses = task.losses("clip", batch, d)
     clip = task.modules["clip"].clip
     assert isinstance(clip, Clip)
-    image = functional.normalize(clip.encode_image(batch["image"]), dim=-1)
+    image = functional.normalize(clip.encode_image(from_bytes(batch["image"])), dim=-1)
     text = functional.normalize(clip.encode_text(tokenize(task.tokenizer, batch["caption"])), dim=-1)
     rows, right, scale = [], torch.arange(8), clip.logit_scale.exp()
     for picture, false in zip(image, batch["contrast"], strict=True):

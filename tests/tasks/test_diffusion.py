@@ -18,7 +18,7 @@ from latentgen.core.rand import Draw
 from latentgen.data.captions import CachedWords
 from latentgen.data.fetch import CachedBatches
 from latentgen.data.latents import of_one_shape
-from latentgen.diffusion.losses import min_snr, unit
+from latentgen.diffusion.losses import huber, l1, min_snr, mse, unit
 from latentgen.diffusion.noise import student
 from latentgen.diffusion.noise_levels import uniform
 from latentgen.diffusion.parameterization import EDM, Flow, V, to_x0
@@ -27,6 +27,7 @@ from latentgen.formats.model import Model
 from latentgen.models.context import join
 from latentgen.models.unet import build_unet
 from latentgen.pipelines.generate import Request
+from latentgen.tasks.caching import Share, cache_latents
 from latentgen.tasks.diffusion import DiffusionTask, Objective
 
 DrawOf = Callable[..., Draw]
@@ -387,3 +388,46 @@ def test_the_same_is_measured_however_a_batch_is_cut(tiny: Model, draw: DrawOf) 
     ]
     for name, value in whole.items():
         torch.testing.assert_close(torch.cat([part[name] for part in parts]), value, rtol=1e-4, atol=1e-5)
+
+
+def test_latents_encoded_in_the_step_are_those_of_the_cache(
+    tiny: Model, few: Callable, draw: DrawOf, tmp_path: Path
+) -> None:
+    source, d, made = few(8, shapes=((16, 24),)), draw(), task(tiny)
+    kept = cache_latents(tiny, source, tmp_path, flip=True, share=Share())
+    there, live = (
+        dataclasses.replace(cached(), latents=latents, **more)
+        for latents, more in ((kept, {}), (None, {"pictures": source, "flip": True}))
+    )
+    with torch.autocast("cpu", torch.bfloat16):  # of the U-Net alone
+        one, other = (made.draws(fetch(d), d) for fetch in (there, live))
+    assert one.x0.shape == (8, 4, 4, 6)
+    torch.testing.assert_close(other.x0, one.x0, rtol=2e-3, atol=2e-3)  # the cache is float16
+    assert torch.equal(other.noise, one.noise)
+    assert not other.x0.requires_grad
+
+
+@pytest.mark.parametrize("loss", [mse, l1, huber])
+def test_masked_pixels_count_by_the_mean_of_their_mask(loss: Callable, tiny: Model, draw: DrawOf) -> None:
+    d, made = draw(), task(tiny, min_snr)
+    made.objective = dataclasses.replace(made.objective, loss=loss, mask_floor=0.25)
+    batch = cached()(d)
+    mask = torch.zeros(8, 1, 16, 16, dtype=torch.uint8)
+    mask[:, :, :, :6] = 255  # the second pixel of the latents is half covered
+    with torch.no_grad():
+        plain, masked = (made.losses("unet", {**batch, **more}, d) for more in ({}, {"loss_mask": mask}))
+        drawn = made.draws({**batch, "loss_mask": mask}, d)
+        out = made._predict(made._networks(), drawn)
+        p = made.objective.parameterization
+        target = p.target(drawn.x0, drawn.noise, drawn.sigma)
+        counts = (1.0, 0.5, 0.25, 0.25)
+        each = [
+            count * loss(out[..., k : k + 1], target[..., k : k + 1], p.fraction_of_sigma(drawn.sigma), drawn.sigma) / 4
+            for k, count in enumerate(counts)
+        ]
+    assert torch.equal(masked["error"], plain["error"]), "as it is without masks"
+    expected = (sum(each) * min_snr(drawn.sigma, p)).mean()
+    torch.testing.assert_close(masked["loss"], expected)
+    assert float(masked["loss"]) < float(plain["loss"])
+    white = {**batch, "loss_mask": torch.full_like(mask, 255)}
+    torch.testing.assert_close(made.losses("unet", white, d)["loss"], plain["loss"])

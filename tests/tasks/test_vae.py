@@ -15,10 +15,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from latentgen.core.rand import Draw
-from latentgen.data.fetch import PictureBatches, to_tensor
+from latentgen.data.fetch import PictureBatches, from_bytes, to_tensor
 from latentgen.formats.model import Model
 from latentgen.models.autoencoder import AutoencoderForTraining, decode, encode_moments, kl_divergence
 from latentgen.models.critics import VGG_BLOCKS
+from latentgen.pipelines.pictures import cells
 from latentgen.tasks.vae import VaeLosses, VaeTask, finish_vae, latent_statistics
 
 DrawOf = Callable[..., Draw]
@@ -46,7 +47,7 @@ def batch(few: Callable, draw: Draw, side: int = 16) -> dict:
 
 
 def task(tiny_builder: Callable[..., Model], few: Callable, **weights: object) -> VaeTask:
-    held_out = to_tensor([few(2, seed=9).image(i) for i in range(2)])
+    held_out = [few(2, seed=9).image(i) for i in range(2)]
     return VaeTask(tiny_builder().vae, VaeLosses(**weights), held_out)  # type: ignore[arg-type]
 
 
@@ -55,6 +56,7 @@ def test_the_plain_loss_is_pixels_and_divergence(tiny_builder: Callable, few: Ca
         made, d = task(tiny_builder, few, pixel=pixel, kl=0.25), draw()
         image = batch(few, d)["image"]
         losses = made.losses("vae", {"image": image}, d)
+        image = from_bytes(image)
         assert losses.keys() == {"loss", "pixel", "kl"}
         with torch.no_grad():
             mean, std = encode_moments(made.vae, image)
@@ -124,6 +126,9 @@ class Wide:
     def image(self, index: int) -> NDArray[np.uint8]:
         return self.source.image(index)  # type: ignore[attr-defined]
 
+    def shape(self, index: int) -> tuple[int, int]:
+        return self.source.shape(index)  # type: ignore[attr-defined]
+
 
 def test_latent_statistics_are_those_of_all_latents(tiny: Model, few: Callable) -> None:
     source = Wide(few(40))
@@ -183,3 +188,38 @@ def test_what_is_measured_of_each_picture_is_the_loss_without_the_critic(
     alone = draw(range(2, 3), step=3)
     one = made.measure({"vae": AutoencoderForTraining(made.vae)}, batch(few, alone), alone)
     torch.testing.assert_close(one["loss"], found["loss"][2:3])
+
+
+def test_pictures_of_several_shapes_are_measured_and_shown(
+    tiny_builder: Callable, few: Callable, tmp_path: Path
+) -> None:
+    source = few(10, seed=9, shapes=((16, 16), (12, 20), (20, 12)))
+    made = VaeTask(tiny_builder().vae, VaeLosses(), [source.image(i) for i in range(10)])
+    networks = {"vae": made.modules["vae"]}
+    values = made.preview(networks, 1, tmp_path)
+    alone = []
+    for i in range(10):
+        made.held_out = (source.image(i),)
+        alone.append(made.preview(networks, 2, tmp_path)["psnr"])
+    assert values["psnr"] == pytest.approx(sum(alone) / 10, rel=1e-4)
+    with Image.open(tmp_path / "00000001.png") as sheet:
+        assert sheet.size == (8 * (40 + 4) + 4, 2 * (40 + 4 + 18) + 4)
+        rows = cells(sheet.convert("RGB"), 2, 8, captions=True)
+    for number, cell in enumerate(rows[0]):
+        height, width = source.shape(number)
+        left, top = (40 - 2 * width) // 2, (40 - 2 * height) // 2
+        shown = np.asarray(cell.crop((left, top, left + 2 * width, top + 2 * height)))[::2, ::2]
+        assert np.array_equal(shown, source.image(number)), "in the middle of its cell"
+
+
+def test_latent_statistics_count_every_pixel_of_every_shape(tiny: Model, few: Callable) -> None:
+    source = few(9, shapes=((16, 16), (16, 32), (32, 16)))
+    mean, std = latent_statistics(tiny.vae, source, seed=5)
+    draws, parts = torch.Generator().manual_seed(5), []
+    with torch.no_grad():
+        for first in range(3):
+            m, s = encode_moments(tiny.vae, to_tensor([source.image(i) for i in range(first, 9, 3)]))
+            parts.append((m + s * torch.randn(m.shape, generator=draws)).transpose(0, 1).flatten(1))
+    z = torch.cat(parts, dim=1).double()
+    torch.testing.assert_close(mean, z.mean(dim=1), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(std, z.std(dim=1, correction=0), rtol=1e-6, atol=1e-9)

@@ -97,6 +97,12 @@ def shapes_of(source: Source) -> tuple[list[Shape], NDArray[np.int64]]:
     return list(number), of
 
 
+def shape_counts(source: Source) -> dict[Shape, int]:
+    """How many examples there are of each shape."""
+    shapes, of = shapes_of(source)
+    return dict(zip(shapes, np.bincount(of, minlength=len(shapes)).tolist(), strict=True))
+
+
 def usual_order(source: Source, batch: int) -> Order:
     """The order of a source whose examples are all at hand."""
     shapes, of = shapes_of(source)

@@ -173,7 +173,7 @@ def chart(title: str, lines: Sequence[Line], *, name: str, last_step: int | None
         f'data-x="{x.low} {x.high} {x.start} {x.end}" data-y="{y.low!r} {y.high!r} {y.start} {y.end} {int(y.log)}">',
         f'<clipPath id="{name}"><rect x="{LEFT}" y="{TOP - 3}" width="{WIDTH - LEFT - RIGHT + 3}" '
         f'height="{HEIGHT - TOP - BOTTOM + 6}"/></clipPath>',
-        *_frame(x, y),
+        *frame(x, y),
         f'<g clip-path="url(#{name})">',
         *(part for line in lines for part in _curve(line, x, y)),
         '</g><line class="cursor" y1="0" y2="0"/></svg>',
@@ -181,7 +181,8 @@ def chart(title: str, lines: Sequence[Line], *, name: str, last_step: int | None
     return "".join(parts)
 
 
-def _frame(x: Axis, y: Axis) -> list[str]:
+def frame(x: Axis, y: Axis) -> list[str]:
+    """Rules and numbers of both axes."""
     parts = []
     for value in y.ticks():
         at = f"{y.at(value):.1f}"

@@ -15,6 +15,7 @@ from latentgen.core.files import write_text
 from latentgen.evals.run_report.charts import card, stage_charts
 from latentgen.evals.run_report.curves import told
 from latentgen.evals.run_report.read import NAMES, RunData, Stage, lookup, read_run
+from latentgen.evals.run_report.sizes import sizes_section
 from latentgen.evals.run_report.strips import Strip, read_strips
 from latentgen.evals.run_report.style import CSS, JS
 
@@ -42,6 +43,7 @@ def report_html(data: RunData) -> str:
             _notices(data),
             *(_stage(data, stage) for stage in data.stages),
             _scores(data.scores),
+            sizes_section(data.sizes),
             _skipped(data.skipped),
             _events(data.events),
             _starts(data.starts),

@@ -82,6 +82,7 @@ class RunData:
     skipped: list[tuple[str, str, str]]
     scores: dict[str, dict[str, Any]]
     starts: list[dict[str, Any]] = field(default_factory=list)
+    sizes: Any = None
 
     @property
     def name(self) -> str:
@@ -122,6 +123,7 @@ def read_run(path: Path) -> RunData:
         list(_left_out(folder.path)),
         _scores(folder.path),
         _list_of_mappings(folder.path / "starts.json"),
+        _json(folder.path / "sizes.json"),
     )
 
 
