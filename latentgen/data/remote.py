@@ -10,7 +10,7 @@ import logging
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
@@ -204,13 +204,13 @@ def _look_http(url: str) -> Origin | None:
         return Origin(size, answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
 
 
-def _blocks_http(url: str, start: int) -> tuple[int, int | None, Iterator[bytes]]:
+def _blocks_http(url: str, start: int) -> tuple[int, int | None, Generator[bytes, None, None]]:
     """Where the bytes that come begin, the size of the whole, and these bytes."""
     try:
         answer = _request(url, start)
     except _PastTheEnd as past:
         if past.args[0] == start:
-            return start, start, iter(())
+            return start, start, _nothing()
         answer = _request(url, 0)  # what is there is of another file: from its beginning
         start = 0
     if answer is None:
@@ -225,7 +225,11 @@ def _blocks_http(url: str, start: int) -> tuple[int, int | None, Iterator[bytes]
     return 0, int(length) if length.isdigit() else None, _read(answer)
 
 
-def _read(answer: http.client.HTTPResponse) -> Iterator[bytes]:
+def _nothing() -> Generator[bytes, None, None]:
+    yield from ()
+
+
+def _read(answer: http.client.HTTPResponse) -> Generator[bytes, None, None]:
     with closing(answer):
         while True:
             try:
@@ -274,14 +278,14 @@ def _look_system(url: str) -> Origin | None:
     return Origin(found.get("size"), next((str(value) for value in told if value), ""))
 
 
-def _blocks_system(url: str, start: int) -> tuple[int, int | None, Iterator[bytes]]:
+def _blocks_system(url: str, start: int) -> tuple[int, int | None, Generator[bytes, None, None]]:
     system, path = _file_system(url)
     try:
         file = _within_system(url, lambda: system.open(path, "rb"))
     except FileNotFoundError as error:
         raise UserError(f"{url}: not there; check data.path") from error
 
-    def blocks() -> Iterator[bytes]:
+    def blocks() -> Generator[bytes, None, None]:
         with closing(file):
             _within_system(url, lambda: file.seek(start))
             while block := _within_system(url, lambda: file.read(BLOCK)):

@@ -11,6 +11,7 @@ from latentgen.core.errors import UserError
 from latentgen.core.rand import seed_of
 from latentgen.data.reading import Reading
 from latentgen.data.sources.base import Source
+from latentgen.data.sources.drawn import DrawnStore
 from latentgen.data.sources.folder import FolderStore
 from latentgen.data.sources.mixture import Mixture, counts_of
 from latentgen.data.sources.shapes import ShapesSource
@@ -75,6 +76,18 @@ def shard_store(data: Data) -> ShardStore:
         window=data.window,
         max_pixels=data.max_pixels,
     )
+
+
+def stores_of(data: Data) -> list[Store]:
+    """The files of every source of a section `data`; those of the procedural world are drawn."""
+    return [
+        DrawnStore(
+            ShapesSource(seed=0, size=part.size, split=part.split or "train", resolution=part.resolution), "shapes"
+        )
+        if part.source == "shapes"
+        else store_of(part)
+        for part in data.parts()
+    ]
 
 
 def pictures_of(data: Data, *, controls: bool = False) -> Pictures:

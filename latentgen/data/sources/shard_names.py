@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -75,7 +74,9 @@ def _there(name: str) -> list[str]:
         if not found:
             raise UserError(f"{path}: holds no .tar files; set data.path to the folder that holds the shards")
         return found
-    found = sorted(glob.glob(name), key=natural) if glob.has_magic(name) else []
+    magic = any(sign in name for sign in "*?[")
+    matches = Path(path.anchor).glob(str(path.relative_to(path.anchor))) if magic else ()
+    found = sorted((str(match) for match in matches if match.is_file()), key=natural)
     if not found:
         raise UserError(f"{name}: no such shard; check data.path")
     return found
