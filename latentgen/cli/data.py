@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from latentgen.cli.data_shard import shard
 from latentgen.core.log import setup_logging
 
 app = typer.Typer(help="Look at pictures and captions; pack and cache them.", no_args_is_help=True)
@@ -13,3 +14,6 @@ app = typer.Typer(help="Look at pictures and captions; pack and cache them.", no
 def data() -> None:
     """Look at pictures and captions; pack and cache them."""
     setup_logging()
+
+
+app.command()(shard)

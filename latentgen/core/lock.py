@@ -49,12 +49,13 @@ class FolderLock:
         if not self._try():
             raise UserError(f"{self.what} is in use by {self._holder()}; wait for that to end, or choose another name=")
 
-    def wait(self, pause: float = 0.2, alive: Callable[[], object] = lambda: None) -> None:
-        """Take the lock as soon as nobody else has it; says once whom it waits for, and calls `alive` all the while."""
+    def wait(self, pause: float = 0.2, alive: Callable[[], object] = lambda: None, level: int = logging.INFO) -> None:
+        """Take the lock as soon as nobody else has it; says once (at the log's `level`) whom it waits for, and calls
+        `alive` all the while."""
         told = False
         while not self._try():
             if not told:
-                logger.info("%s is in use by %s: waiting for that to end", self.what, self._holder())
+                logger.log(level, "%s is in use by %s: waiting for that to end", self.what, self._holder())
                 told = True
             alive()
             time.sleep(pause)
@@ -116,6 +117,38 @@ class FolderLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def share(handle: int, path: Path) -> bool:
+    """Say that this open file is in use, until it is closed; false when `path` was removed in the meantime."""
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+    return _same_file(handle, path)
+
+
+def remove_unused(path: Path) -> bool:
+    """Remove a file unless somebody has said (with `share`) that it is in use; whether it is gone."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        if sys.platform != "win32":
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS and not isinstance(error, PermissionError):
+            raise
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def _same_file(handle: int, path: Path) -> bool:

@@ -124,6 +124,16 @@ class Windowed:
         number = int(np.searchsorted(ends, inside, side="right"))
         return epoch * len(members) + number, tuple(int(group) for group in members[number])
 
+    def among(self, examples: Sequence[int]) -> Windowed:
+        """The order of these examples alone, ascending, which are numbered anew from 0."""
+        return Windowed(_counts(self._starts, examples), self.window)
+
+
+def _counts(starts: NDArray[np.int64], examples: Sequence[int]) -> tuple[int, ...]:
+    """How many of these examples each group has."""
+    group = np.searchsorted(starts, np.asarray(examples), side="right") - 1
+    return tuple(np.bincount(group, minlength=len(starts) - 1).tolist())
+
 
 @lru_cache(maxsize=_KEPT)
 def _windows(order: Windowed, seed: int, stage: str, epoch: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
@@ -184,6 +194,83 @@ class ByShape:
         # Past the last one the same permutation begins again: none stands twice in a batch that they can fill.
         slots = (first * self.batch + rows) % len(members)
         return members[permute(slots, len(members), seed, stage, "shape", shape, epoch)]
+
+
+class WindowedByShape:
+    """Whole global batches of one shape each, of examples that lie in groups: each batch lies within one window.
+
+    Which groups make a window is drawn once for a run, so that every epoch has as many batches as any other; the order
+    of the windows, and of the batches in them, is another each epoch. An epoch shows every example. Where those of one
+    shape in a window do not fill its last batch there, it is filled as `ByShape` does it, with others of that window:
+    the more shapes and the smaller the windows, the more often this happens.
+
+    Args:
+        groups: number of examples in each group; their numbers follow each other.
+        window: groups of a window.
+        shapes: `[n]` a number for each example's shape.
+        batch: examples of a global batch; `at` takes positions counted in these.
+    """
+
+    def __init__(self, groups: Sequence[int], window: int, shapes: Sequence[int] | NDArray, batch: int) -> None:
+        self.groups, self.window, self.batch = tuple(groups), window, batch
+        self._shapes = np.asarray(shapes)
+        self._starts = np.concatenate([[0], np.cumsum(self.groups)]).astype(np.int64)
+
+    def at(self, positions: range, seed: int, stage: str) -> tuple[int, ...]:
+        result: list[int] = []
+        at = positions.start
+        while at < positions.stop:
+            window, first, left = self._find(at, seed, stage)
+            stop = min(first + left, first + positions.stop - at)
+            _, orders = _shaped_windows(self, seed, stage)
+            result += orders[window].at(range(first, stop), seed, f"{stage}/window {window}")
+            at += stop - first
+        return tuple(result)
+
+    def epoch(self, seed: int, stage: str) -> int:
+        """Positions in an epoch."""
+        return self.batch * sum(order.batches for order in _shaped_windows(self, seed, stage)[1])
+
+    def window_at(self, position: int, seed: int, stage: str) -> tuple[int, tuple[int, ...]]:
+        """The number of the window in which a position lies, counted within its epoch's windows, and its groups."""
+        window, _, _ = self._find(position, seed, stage)
+        return window, _shaped_windows(self, seed, stage)[0][window]
+
+    def among(self, examples: Sequence[int]) -> WindowedByShape:
+        """The order of these examples alone, ascending, which are numbered anew from 0."""
+        groups = _counts(self._starts, examples)
+        return WindowedByShape(groups, self.window, self._shapes[np.asarray(examples)], self.batch)
+
+    def members(self, group: int) -> NDArray[np.int64]:
+        """The numbers of a group's examples."""
+        return np.arange(self._starts[group], self._starts[group + 1])
+
+    def shapes(self, examples: NDArray[np.int64]) -> NDArray:
+        return self._shapes[examples]
+
+    def _find(self, position: int, seed: int, stage: str) -> tuple[int, int, int]:
+        """Which window a position lies in, the position in that window's own sequence, and how many follow in it."""
+        _, orders = _shaped_windows(self, seed, stage)
+        number, inside = divmod(position, self.batch)
+        epoch, number = divmod(number, sum(order.batches for order in orders))
+        shuffled = permute(np.arange(len(orders)), len(orders), seed, stage, "windows", epoch)
+        ends = np.cumsum([orders[window].batches for window in shuffled])
+        turn = int(np.searchsorted(ends, number, side="right"))
+        window = int(shuffled[turn])
+        own = orders[window].batches
+        before = number - (int(ends[turn]) - own)
+        return window, (epoch * own + before) * self.batch + inside, (own - before) * self.batch - inside
+
+
+@lru_cache(maxsize=_KEPT)
+def _shaped_windows(order: WindowedByShape, seed: int, stage: str) -> tuple[list[tuple[int, ...]], list[ByShape]]:
+    """The groups of each window of a run, and the order inside it."""
+    full = np.flatnonzero(order.groups)
+    shuffled = full[permute(np.arange(len(full)), len(full), seed, stage, "groups")]
+    windows = [shuffled[at : at + order.window] for at in range(0, len(full), order.window)]
+    examples = [np.concatenate([order.members(int(group)) for group in groups]) for groups in windows]
+    orders = [ByShape(order.shapes(numbers), order.batch, numbers) for numbers in examples]
+    return [tuple(int(group) for group in groups) for groups in windows], orders
 
 
 @dataclass(frozen=True)

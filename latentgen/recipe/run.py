@@ -81,7 +81,7 @@ FREE_KEYS = {
     "train.ema_device", "autoencoder.train.ema_device", "text_encoder.train.ema_device",
     "train.micro_batch", "train.processes", "autoencoder.train.micro_batch", "text_encoder.train.micro_batch",
     "train.bad_steps", "train.trackers", "unet.gradient_checkpointing", "data.workers", "data.cache",
-    "data.max_upscale",
+    "data.max_upscale", "data.local", "data.local_gib",
 }  # fmt: skip
 """What may change between two commands of one run: nothing that the weights depend on."""
 

@@ -11,9 +11,11 @@ from latentgen.core.errors import UserError
 from latentgen.core.rand import seed_of
 from latentgen.data.reading import Reading
 from latentgen.data.sources.base import Source
+from latentgen.data.sources.drawn import DrawnStore
 from latentgen.data.sources.folder import FolderStore
 from latentgen.data.sources.mixture import Mixture, counts_of
 from latentgen.data.sources.shapes import ShapesSource
+from latentgen.data.sources.shards import ShardStore
 from latentgen.data.sources.stored import Pictures, Store
 from latentgen.data.sources.subset import Subset, hold_out
 from latentgen.data.sources.worded import Worded
@@ -57,7 +59,37 @@ def store_of(data: Data) -> Store:
     assert data.path is not None
     if data.source == "folder":
         return FolderStore(data.path, split=data.split, caption=data.caption, caption_columns=data.caption_columns)
+    if data.source == "shards":
+        return shard_store(data)
     raise UserError(f"data.source: {data.source} is not there yet")
+
+
+def shard_store(data: Data) -> ShardStore:
+    """The shards of a section `data`."""
+    assert data.path is not None
+    if data.split is not None:
+        logger.warning("data.split: %s is ignored: shards have no splits; name them in data.path", data.split)
+    return ShardStore(
+        data.path,
+        caption_columns=data.caption_columns,
+        caption=data.caption,
+        local=data.local,
+        local_gib=data.local_gib,
+        window=data.window,
+        max_pixels=data.max_pixels,
+    )
+
+
+def stores_of(data: Data) -> list[Store]:
+    """The files of every source of a section `data`; those of the procedural world are drawn."""
+    return [
+        DrawnStore(
+            ShapesSource(seed=0, size=part.size, split=part.split or "train", resolution=part.resolution), "shapes"
+        )
+        if part.source == "shapes"
+        else store_of(part)
+        for part in data.parts()
+    ]
 
 
 def pictures_of(data: Data, *, controls: bool = False) -> Pictures:

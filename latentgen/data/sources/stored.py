@@ -17,9 +17,9 @@ from latentgen.core.files import content_key
 from latentgen.data.buckets import choose_shapes
 from latentgen.data.checking import Checked, check_pictures
 from latentgen.data.images import BadPicture, decode, transparency
-from latentgen.data.order import Order, Windowed
+from latentgen.data.order import Order, Windowed, WindowedByShape
 from latentgen.data.reading import Reading, scale
-from latentgen.data.sources.base import CENTRE, Frame, Place, Shape, usual_order
+from latentgen.data.sources.base import CENTRE, Frame, Place, Shape, shapes_of, usual_order
 from latentgen.data.sources.folder_manifest import natural
 
 log = logging.getLogger(__name__)
@@ -218,8 +218,11 @@ class Pictures:
         if groups is None:
             return usual_order(self, batch)
         ends = np.searchsorted(self._numbers, np.cumsum(groups))
-        kept = np.diff(np.concatenate([[0], ends]))
-        return Windowed(tuple(int(count) for count in kept if count), self.window)
+        kept = tuple(np.diff(np.concatenate([[0], ends])).tolist())
+        shapes, of = shapes_of(self)
+        if len(shapes) == 1:
+            return Windowed(kept, self.window)
+        return WindowedByShape(kept, self.window, of, batch)
 
     def _of(self, index: int) -> Checked:
         self._number(index)

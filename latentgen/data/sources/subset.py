@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from latentgen.core.files import content_key
 from latentgen.core.rand import seed_of
-from latentgen.data.order import Order
+from latentgen.data.order import Order, Windowed, WindowedByShape
 from latentgen.data.sources.base import CENTRE, Frame, Place, Shape, Source, usual_order
 
 SHARE = 10
@@ -63,6 +63,10 @@ class Subset:
         return self.source.contrasts(self.indices[index], caption)
 
     def order(self, batch: int) -> Order:
+        """In windows where the whole source is read so."""
+        whole = self.source.order(batch)
+        if isinstance(whole, Windowed | WindowedByShape) and list(self.indices) == sorted(set(self.indices)):
+            return whole.among(self.indices)
         return usual_order(self, batch)
 
 
