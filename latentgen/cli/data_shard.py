@@ -25,7 +25,7 @@ def shard(
     name: Annotated[str, typer.Option(help="Shards are called NAME-00000.tar and so on.")] = "train",
     config: Annotated[Path | None, typer.Option(help="Recipe whose section `data` says how SOURCE is read.")] = None,
 ) -> None:
-    """Write pictures with captions as WebDataset shards, an index beside each. The same command goes on after a stop."""
+    """Write pictures and captions as WebDataset shards, an index beside each. The same command goes on after a stop."""
     from latentgen.core.files import write_json
     from latentgen.data.sources.shard_writer import write_shards
     from latentgen.recipe.load import load_recipe
