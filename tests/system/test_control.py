@@ -259,7 +259,7 @@ def test_sampling_refuses(mistake, programs, tuned, model, scene, tmp_path):
 
 REFUSED = {
     "{method: full, control: edge}": ["finetune.control", "method: none"],
-    "{method: none, control: picture}": ["finetune.control: picture", "data.source: folder"],
+    "{method: none, control: picture}": ["finetune.control: picture", "a second picture"],
     "{method: lora, inpainting: true}": ["finetune.inpainting", "no channels for a mask", "finetune.method: full"],
     "{method: none, control: edge, inpainting: true}": ["finetune.inpainting", "no channels for a mask"],
 }

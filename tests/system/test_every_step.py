@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from latentgen.core.errors import Interrupted
+from latentgen.data.sources.base import Shape
 from latentgen.engine.checkpoint import Checkpoint
 from latentgen.engine.guard import Guard
 from latentgen.engine.loop import Loop
@@ -103,10 +104,10 @@ def runner(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
         if step + 1 == stop_after:
             signal.raise_signal(signal.SIGTERM)
 
-    def plan_once(recipe: Recipe, examples: int) -> Plan:
+    def plan_once(recipe: Recipe, shapes: Mapping[Shape, int]) -> Plan:
         """Counting FLOP takes longer than training here, and is the same every time."""
         if not plans:
-            plans.append(make_plan(recipe, examples))
+            plans.append(make_plan(recipe, shapes))
         return plans[0]
 
     seen: set[int] = set()
