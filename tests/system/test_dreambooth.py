@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import subprocess
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -55,8 +56,12 @@ def test_class_and_subject_have_half_of_the_steps_each(programs, reference, tree
     draws = read_draws(reference / "draws")
     assert len(draws) == STEPS * BATCH
     epoch = 2 * SUBJECT * -(-CLASS // SUBJECT)
-    first = [row["example"] for (_, step, at), row in draws.items() if step * BATCH + at < epoch]
-    assert sorted(first) == list(range(epoch)), "even numbers are the subject's, odd ones the class's"
+    first = Counter(row["example"] for (_, step, at), row in draws.items() if step * BATCH + at < epoch)
+    assert sorted(first) == list(range(SUBJECT + CLASS)), "the subject's come first, the class's after them"
+    assert {first[number] for number in range(SUBJECT)} == {epoch // 2 // SUBJECT}
+    for step in range(STEPS):
+        own = sum(row["example"] < SUBJECT for (_, other, _), row in draws.items() if other == step)
+        assert abs(own - BATCH / 2) < 1, "half of every batch"
     sampled = programs("sample", "a photo of sks dog", "--num", 1, "--steps", 1, cwd=reference)
     assert sampled.code == 0, sampled.err
 
