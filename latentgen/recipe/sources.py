@@ -6,18 +6,20 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from latentgen.core.errors import UserError
 from latentgen.core.rand import seed_of
 from latentgen.data.reading import Reading
 from latentgen.data.sources.base import Source
 from latentgen.data.sources.drawn import DrawnStore
 from latentgen.data.sources.folder import FolderStore
+from latentgen.data.sources.hub import DatasetsStore, streamed_paths
 from latentgen.data.sources.mixture import Mixture, counts_of
 from latentgen.data.sources.shapes import ShapesSource
 from latentgen.data.sources.shards import ShardStore
 from latentgen.data.sources.stored import Pictures, Store
 from latentgen.data.sources.subset import Subset, hold_out
+from latentgen.data.sources.table import TableStore, table_paths
 from latentgen.data.sources.worded import Worded
 from latentgen.recipe.captions import wording
 from latentgen.recipe.schema import Recipe
@@ -61,7 +63,13 @@ def store_of(data: Data) -> Store:
         return FolderStore(data.path, split=data.split, caption=data.caption, caption_columns=data.caption_columns)
     if data.source == "shards":
         return shard_store(data)
-    raise UserError(f"data.source: {data.source} is not there yet")
+    columns: dict[str, Any] = {"image_column": data.image_column, "caption_columns": data.caption_columns}
+    columns["caption"] = data.caption
+    if data.source == "datasets" and not data.streaming:
+        return DatasetsStore(data.path, subset=data.subset, split=data.split, **columns)
+    streamed = data.source == "datasets"
+    paths = streamed_paths(data.path, data.subset, data.split) if streamed else table_paths(data.path)
+    return TableStore(paths, local=data.local, window=data.window, max_pixels=data.max_pixels, **columns)
 
 
 def shard_store(data: Data) -> ShardStore:

@@ -12,13 +12,12 @@ from latentgen.core.errors import UserError
 from latentgen.data.checking import Checked
 from latentgen.data.images import read_file
 from latentgen.data.reading import Reading
-from latentgen.data.sources.folder_captions import CAPTION, with_template
+from latentgen.data.sources.folder_captions import CAPTION, CAPTION_COLUMNS, with_template
 from latentgen.data.sources.folder_manifest import MISSING, Listing, list_folder, natural
 from latentgen.data.sources.stored import Pictures
 
 log = logging.getLogger(__name__)
 
-CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 # HEIC and SVG are looked for so that they are named among the skipped, not overlooked.
 _ENDINGS = ("png apng jpg jpeg jpe jfif mpo webp avif bmp gif tif tiff", "jp2 j2k tga qoi psd ico ppm pgm pbm pnm pfm")
 EXTENSIONS = frozenset(f".{ending}" for line in (*_ENDINGS, "heic heif svg") for ending in line.split())

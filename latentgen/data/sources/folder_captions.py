@@ -13,6 +13,7 @@ from typing import Any
 from latentgen.core.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 CAPTION = "{caption}"
 """Where a template takes a picture's own caption."""
 CONTROL_COLUMN = "conditioning_image"
@@ -52,7 +53,7 @@ def read_metadata(path: Path, columns: tuple[str, ...]) -> dict[str, tuple[str, 
         UserError: not UTF-8, a line that is no JSON object, a csv row of the wrong length, no rows, no `file_name`,
             no caption column in any row, a caption that is not text. The message names the file and the line.
     """
-    rows = list(_csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path))
+    rows = list(csv_rows(path) if path.suffix == ".csv" else jsonl_rows(path))
     if not rows:
         raise UserError(
             f"{path}: has no rows; give each picture one, with file_name and {columns[0]}, or remove the file"
@@ -63,7 +64,7 @@ def read_metadata(path: Path, columns: tuple[str, ...]) -> dict[str, tuple[str, 
         if not isinstance(name, str) or not name.strip() or "\0" in name:
             seen = ", ".join(map(str, row)) or "nothing"
             raise UserError(f"{path}, line {line}: no file_name (found: {seen}); every row must name its picture there")
-        texts = [text for column in columns for text in _texts(row.get(column), f"{path}, line {line}: {column}")]
+        texts = [text for column in columns for text in texts_of(row.get(column), f"{path}, line {line}: {column}")]
         found[name.strip()] = tuple(dict.fromkeys((*found.get(name.strip(), ()), *texts)))
     present = dict.fromkeys(str(key) for _, row in rows for key in row)
     if not any(column in present for column in columns):
@@ -82,7 +83,7 @@ def read_controls(path: Path) -> dict[str, str]:
         UserError: the file cannot be understood, or a cell is not text.
     """
     found: dict[str, str] = {}
-    for line, row in _csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path):
+    for line, row in csv_rows(path) if path.suffix == ".csv" else jsonl_rows(path):
         name, control = row.get("file_name"), row.get(CONTROL_COLUMN)
         if control is None or control == "" or not isinstance(name, str):
             continue
@@ -131,7 +132,7 @@ def _hash_like(word: str) -> bool:
     return bool(re.fullmatch(r"[0-9a-f]{8,}", word) and re.search(r"[0-9]", word))
 
 
-def _texts(value: Any, where: str) -> list[str]:
+def texts_of(value: Any, where: str) -> list[str]:
     """The captions in one cell: text, a list of texts, or (csv) a JSON list of texts written as text."""
     if value is None:
         return []
@@ -151,7 +152,7 @@ def _decoded(path: Path) -> str:
         raise UserError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def jsonl_rows(path: Path) -> Iterator[Row]:
     for number, line in enumerate(_decoded(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -175,7 +176,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def csv_rows(path: Path) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True)
     try:
         for row in reader:

@@ -151,7 +151,7 @@ def _table(
         log.warning("%s: %s is used, %s beside it is ignored", root / folder, *METADATA)
     table: dict[str, Captions] = {}
     for file_name, captions in read_metadata(root / folder / kind, columns).items():
-        name = _inside(root, folder, file_name)
+        name = inside(root, folder, file_name)
         if name is None:
             listing.skipped.append((posixpath.join(folder, file_name), OUTSIDE))
         else:
@@ -166,7 +166,7 @@ def _controls(root: Path, folders: list[tuple[str, list[str]]], pictures: set[st
     for folder, names in sorted(folders):  # deeper folders come later, and win
         kind = next((name for name in METADATA if name in names), None)
         for file_name, control in read_controls(root / folder / kind).items() if kind is not None else ():
-            picture, path = (_inside(root, folder, text) for text in (file_name, control))
+            picture, path = (inside(root, folder, text) for text in (file_name, control))
             if picture is not None and path is not None and path != picture and _is_file(root / path):
                 found[picture] = path
     real_root = os.path.realpath(root)
@@ -184,7 +184,7 @@ def _beside(ending: str, pictures: set[str], listed: set[str]) -> dict[str, str]
     return found
 
 
-def _inside(root: Path, folder: str, file_name: str) -> str | None:
+def inside(root: Path, folder: str, file_name: str) -> str | None:
     """The listed file relative to the root; None if it is absolute or climbs out of the metadata file's folder."""
     if PureWindowsPath(file_name).drive or file_name.startswith(("/", "\\")):
         return None

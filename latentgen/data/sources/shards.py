@@ -9,7 +9,7 @@ from typing import NamedTuple
 from latentgen.core.errors import UserError
 from latentgen.data.checking import Checked
 from latentgen.data.images import MAX_PIXELS
-from latentgen.data.sources.folder import CAPTION_COLUMNS
+from latentgen.data.sources.folder_captions import CAPTION_COLUMNS
 from latentgen.data.sources.shard_files import ShardFiles
 from latentgen.data.sources.shard_index import Entry, Place, captions_of
 from latentgen.data.sources.shard_names import shard_names
