@@ -61,7 +61,8 @@ def test_levels_learned_along_are_the_same_in_every_process(learned, programs, m
         command, cwd=tmp_path / "two", env=env, text=True, capture_output=True, check=False, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    same_losses(measured(tmp_path / "one/runs/mini"), measured(tmp_path / "two/runs/mini"), 1e-5)
+    # What is learned of levels goes back into which are drawn, and rounding with it.
+    same_losses(measured(tmp_path / "one/runs/mini"), measured(tmp_path / "two/runs/mini"), 3e-5)
 
 
 def test_micro_batches_train_like_the_whole_batch(programs, mini, trained, measured, tmp_path):
