@@ -1,4 +1,4 @@
-"""`python -m latentgen`: the `latentgen` command."""
+"""`python -m latentgen`, for launchers of several processes: `accelerate launch -m latentgen data cache ...`."""
 
 from latentgen.cli.main import run
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
+from latentgen.cli.data_cache import cache
 from latentgen.cli.data_shard import shard
 from latentgen.core.log import setup_logging
 
@@ -13,7 +16,8 @@ app = typer.Typer(help="Look at pictures and captions; pack and cache them.", no
 @app.callback()
 def data() -> None:
     """Look at pictures and captions; pack and cache them."""
-    setup_logging()
+    setup_logging(main_process=os.environ.get("RANK", "0") == "0")
 
 
 app.command()(shard)
+app.command()(cache)

@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from latentgen import __version__
 from latentgen.core.allocator import keep_memory
 from latentgen.core.errors import UserError
-from latentgen.core.files import clear_leftovers, content_key, file_sha256, write_json, write_text
+from latentgen.core.files import clear_leftovers, write_json, write_text
 from latentgen.core.runfolder import RunFolder
 from latentgen.data.captions import TagDraws, first_captions
 from latentgen.data.fetch import CachedBatches, PictureBatches, squared, to_bytes
@@ -64,6 +64,7 @@ from latentgen.recipe.plan import Plan, make_plan
 from latentgen.recipe.presets import filled
 from latentgen.recipe.prior import class_part, keeps, make_class_pictures, with_prior
 from latentgen.recipe.reporting import Reporter, note_start
+from latentgen.recipe.sameness import difference, from_weights
 from latentgen.recipe.schema import Recipe
 from latentgen.recipe.sizes import sizes_of, tell
 from latentgen.recipe.validation import validation, wanted
@@ -73,17 +74,6 @@ from latentgen.tasks.diffusion import LEVELS, DiffusionTask
 from latentgen.tasks.vae import VaeTask, finish_vae
 
 logger = logging.getLogger(__name__)
-
-FREE_KEYS = {
-    "preview", "train.log_every", "train.save_every", "train.keep_last", "train.keep_every", "train.keep_best",
-    "train.validate_every", "autoencoder.train.validate_every", "text_encoder.train.validate_every",
-    "train.ema_precision", "train.ema_snapshots", "autoencoder.train.ema_snapshots", "text_encoder.train.ema_snapshots",
-    "train.ema_device", "autoencoder.train.ema_device", "text_encoder.train.ema_device",
-    "train.micro_batch", "train.processes", "autoencoder.train.micro_batch", "text_encoder.train.micro_batch",
-    "train.bad_steps", "train.trackers", "unet.gradient_checkpointing", "data.workers", "data.cache",
-    "data.max_upscale", "data.local", "data.local_gib",
-}  # fmt: skip
-"""What may change between two commands of one run: nothing that the weights depend on."""
 
 
 class Run:
@@ -109,8 +99,9 @@ class Run:
         self.on_cpu = self.accelerator.device.type == "cpu"
         self.sizes = sizes_of(self.examples.training, recipe.data)
         tell(self.sizes, recipe.data)
-        weights = _from_weights(recipe)
+        weights = from_weights(recipe)
         self.source: Source = with_prior(recipe, self.examples.training, weights)
+        self._folders: list[Path] = []
         self.inputs = {"data": self.source.key(), "from": weights}
         self._refuse_another_recipe()
 
@@ -163,10 +154,10 @@ class Run:
 
     def _refuse_another_recipe(self) -> None:
         if self.folder.recipe.is_file():
-            difference = _difference(load_recipe(self.folder.recipe), self.recipe)
-            if difference is not None:
+            changed = difference(load_recipe(self.folder.recipe), self.recipe)
+            if changed is not None:
                 raise UserError(
-                    f"{self.folder.path} was made by another recipe ({difference}); "
+                    f"{self.folder.path} was made by another recipe ({changed}); "
                     "choose another name=, or remove that folder"
                 )
         inputs = self.folder.path / "inputs.json"
@@ -402,7 +393,33 @@ class Run:
             warn_of_cuts(captions, model.towers[0].tokenizer, model.chunks, key="text_encoder.chunks")
 
     def _share(self) -> Share:
-        return Share(self.accelerator.process_index, self.accelerator.num_processes, self.watch.move)
+        return Share(self.accelerator.process_index, self.accelerator.num_processes, self.watch.move, self._folders)
+
+    def caches(self) -> list[Path]:
+        """Make what the U-Net's stage reads, and nothing else; returns the folders of these caches.
+
+        Raises:
+            UserError: the autoencoder or the text encoder is not there yet.
+        """
+        for stage, section in (("vae", self.recipe.autoencoder), ("clip", self.recipe.text_encoder)):
+            if section.source is None and not self.folder.result(stage).is_dir():
+                name = "autoencoder" if stage == "vae" else "text_encoder"
+                raise UserError(
+                    f"{name}: {self.folder.path} has not trained it yet, and and caches depend on it; train it "
+                    f"first, or take one that is there: {name}.from=FOLDER"
+                )
+        build.check(self.recipe, self.accelerator.num_processes)
+        with self.watch.stop, self.watch:
+            vae = self._vae()
+            towers, zero_empty, _ = self._towers()
+            model = build.new_model(self.recipe, vae, towers, zero_empty)
+            self._class_pictures(model)
+            training = prepare(self.recipe, model)
+            examples = self.examples
+            measured = (examples.held_out, examples.training) if wanted(self.recipe, examples, "unet") else ()
+            for source in (self.source, *(other for other in measured if other is not self.source)):
+                self._cached(training, source)
+        return list(dict.fromkeys(self._folders))
 
     def _cached(self, training: Training, source: Source) -> CachedBatches:
         model = training.model
@@ -430,32 +447,6 @@ class Run:
         return network.eval().requires_grad_(False).to(self.accelerator.device)
 
 
-def _from_weights(recipe: Recipe) -> dict[str, str]:
-    """What identifies the weights that the recipe starts from: folder -> hash of its files."""
-    folders = {part.source for part in (recipe.autoencoder, recipe.text_encoder, recipe.unet)} - {None}
-    return {
-        str(folder): content_key(*(file_sha256(path) for path in sorted(Path(folder).rglob("*.safetensors"))))
-        for folder in sorted(filter(None, folders))
-    }
-
-
-def _difference(before: Recipe, now: Recipe) -> str | None:
-    """The first key on which the weights depend and which differs, with both values; None when there is none."""
-    there, here = _flat(before.model_dump(by_alias=True)), _flat(now.model_dump(by_alias=True))
-    for key in sorted(there.keys() | here.keys()):
-        free = any(key == name or key.startswith(name + ".") for name in FREE_KEYS)
-        if there.get(key) != here.get(key) and not free:
-            return f"{key}: {there.get(key)} there, {here.get(key)} now"
-    return None
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def train_recipe(recipe: Recipe, root: Path, device: str | None = None) -> Path:
     """Train a recipe, or go on with it; returns the folder of the result. See `Run` for what it raises."""
     torch.set_flush_denormal(True)  # denormal weights and moments are many times slower on the CPU, and mean nothing
@@ -463,3 +454,12 @@ def train_recipe(recipe: Recipe, root: Path, device: str | None = None) -> Path:
     model = run.train()
     run.accelerator.end_training()  # leaves the process group: its threads, cut off at exit, may abort the process
     return model
+
+
+def make_caches(recipe: Recipe, root: Path, device: str | None = None) -> list[Path]:
+    """Make the caches of a recipe's U-Net stage; returns their folders. See `Run.caches` for what it raises."""
+    torch.set_flush_denormal(True)
+    run = Run(recipe, root, device)
+    made = run.caches()
+    run.accelerator.end_training()
+    return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,8 @@ from torch import nn
 
 from latentgen.core.errors import UserError
 from latentgen.core.files import content_key
-from latentgen.data.cache import ArrayCache
+from latentgen.data.cache import ArrayCache, Compute
+from latentgen.data.cache_entries import Entries, entries
 from latentgen.data.captions import first_captions
 from latentgen.data.fetch import to_tensor
 from latentgen.data.latents import CachedLatents
@@ -34,11 +35,18 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of the work: rank of world. `alive` is called all the while it waits for another run."""
+    """This process's part of the work: rank of world. `alive` is called all the while it waits for another run; the
+    folders of the caches that are filled, or found full, are added to `folders`."""
 
     rank: int = 0
     world: int = 1
     alive: Callable[[], object] = lambda: None
+    folders: list[Path] = field(default_factory=list)
+
+    def fill(self, cache: ArrayCache, compute: Compute) -> None:
+        """Fill a cache together."""
+        cache.fill(compute, rank=self.rank, world=self.world, alive=self.alive)
+        self.folders.append(cache.folder)
 
 
 def weights_key(network: nn.Module) -> str:
@@ -79,12 +87,14 @@ def _cache_shape(
 ) -> NDArray[np.float16]:
     """The latents of the examples of one shape, `[variants * m, 2, c, h/f, w/f]`."""
     vae, m, times = model.vae, len(members), factor(model.vae)
-    pictures = [source.picture_key(int(index)) for index in members]
-    key = content_key("latents", VERSION, weights_key(vae), pictures, flip)
+    variants = range(1 + flip)
+    pictures = [(source.digest(int(index)), source.picture_key(int(index))) for index in members]
+    rows_of = ((digest, f"{key} {variant}") for variant in variants for digest, key in pictures)
+    own = entries(f"{VERSION} {weights_key(vae)}", rows_of)
     values_shape = (2, model.latent_channels, shape[0] // times, shape[1] // times)
-    cache = ArrayCache(folder / "latents" / key, m * (1 + flip), values_shape, "latents")
+    cache = ArrayCache(folder / "latents" / name_of(own, values_shape), own, values_shape, "latents")
 
-    def compute(rows: range) -> NDArray[np.float16]:
+    def compute(rows: Sequence[int]) -> NDArray[np.float16]:
         image = to_tensor([source.image(int(members[row % m])) for row in rows])
         mirrored = torch.tensor([row >= m for row in rows])
         image[mirrored] = image[mirrored].flip(-1)
@@ -96,8 +106,13 @@ def _cache_shape(
             raise UserError(f"the VAE gives latents that are not finite for {name}")
         return values.numpy()
 
-    cache.fill(compute, rank=share.rank, world=share.world, alive=share.alive)
+    share.fill(cache, compute)
     return cache.open()
+
+
+def name_of(rows: Entries, shape: tuple[int, ...]) -> str:
+    """What the folder of a cache is called."""
+    return content_key(hashlib.sha256(rows.keys.tobytes()).hexdigest(), shape)
 
 
 Rows = Sequence[tuple[int, ...]]
@@ -140,17 +155,19 @@ def cache_text(model: Model, source: Source, folder: Path, *, captions: int | No
     length = prompt_length(model.towers, model.chunks)
     width, pooled = states_width(model.towers), pooled_width(model.towers)
     shape = (length * width + pooled,) if pooled else (length, width)
-    key = content_key("text", VERSION, towers, model.zero_empty, distinct, shape)
-    cache = ArrayCache(folder / "text" / key, len(distinct), shape, f"text states of {len(distinct)} captions")
+    maker = content_key("text", VERSION, towers, model.zero_empty)
+    own = entries(maker, ((caption, caption) for caption in distinct))
+    what = f"text states of {len(distinct)} captions"
+    cache = ArrayCache(folder / "text" / name_of(own, shape), own, shape, what)
 
-    def compute(part: range) -> NDArray[np.float16]:
-        context = model.encode(distinct[part.start : part.stop])
+    def compute(part: Sequence[int]) -> NDArray[np.float16]:
+        context = model.encode([distinct[row] for row in part])
         values = context.states
         if context.pooled is not None:
             values = torch.cat([values.flatten(1), context.pooled], dim=1)
         return values.to(torch.float16).cpu().numpy()
 
-    cache.fill(compute, rank=share.rank, world=share.world, alive=share.alive)
+    share.fill(cache, compute)
     values = cache.open()
     if not pooled:
         return Texts(values, None, rows)
