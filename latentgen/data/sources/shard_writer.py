@@ -32,7 +32,7 @@ from latentgen.core.files import (
     write_file,
 )
 from latentgen.core.log import progress
-from latentgen.data.checking import Checked, check_picture
+from latentgen.data.checking import Checked, check_pictures
 from latentgen.data.images import BadPicture
 from latentgen.data.sources.shard_index import (
     ENDING,
@@ -151,7 +151,7 @@ class _Examples:
         store, index = self._of[number]
         try:
             content = self.content(number)
-            checked = store.known(index) or check_picture(partial(bytes, content), self.max_pixels)
+            checked = store.known(index) or check_pictures([partial(bytes, content)], self.max_pixels)[0]
             if checked.reason:
                 return _Ready(number, checked, [])
             files = [(_ending(content), content)]
