@@ -7,6 +7,7 @@ import os
 import typer
 
 from latentgen.cli.data_cache import cache
+from latentgen.cli.data_preview import preview
 from latentgen.cli.data_shard import shard
 from latentgen.core.log import setup_logging
 
@@ -19,5 +20,6 @@ def data() -> None:
     setup_logging(main_process=os.environ.get("RANK", "0") == "0")
 
 
+app.command()(preview)
 app.command()(shard)
 app.command()(cache)
