@@ -7,6 +7,7 @@ import os
 import typer
 
 from latentgen.cli.data_cache import cache
+from latentgen.cli.data_doctor import doctor
 from latentgen.cli.data_preview import preview
 from latentgen.cli.data_shard import shard
 from latentgen.core.log import setup_logging
@@ -20,6 +21,7 @@ def data() -> None:
     setup_logging(main_process=os.environ.get("RANK", "0") == "0")
 
 
+app.command()(doctor)
 app.command()(preview)
 app.command()(shard)
 app.command()(cache)

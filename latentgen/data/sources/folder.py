@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import posixpath
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from latentgen.core.errors import UserError
 from latentgen.data.checking import Checked
 from latentgen.data.images import read_file
 from latentgen.data.reading import Reading
-from latentgen.data.sources.folder_captions import CAPTION, CAPTION_COLUMNS, with_template
+from latentgen.data.sources.folder_captions import CAPTION, CAPTION_COLUMNS, csv_rows, jsonl_rows, with_template
 from latentgen.data.sources.folder_manifest import MISSING, Listing, list_folder, natural
 from latentgen.data.sources.stored import Pictures
 
@@ -96,14 +97,35 @@ class FolderStore:
         found = self._listing.seconds(kind).get(self._paths[index])
         return None if found is None else read_file(self.root / found)
 
+    def named_by_file(self, index: int) -> bool:
+        """Whether the caption of picture `index` is nothing but the words of its name."""
+        return self._paths[index] in self._listing.from_names
+
+    def stray_texts(self) -> list[str]:
+        """Text files beside no picture of their name."""
+        return sorted((_shown(name.removeprefix(self._inside)) for name in self._listing.texts), key=natural)
+
+    def rows_with(self, columns: tuple[str, ...]) -> set[str]:
+        """Names of the pictures whose metadata have something in one of these columns."""
+        found = set()
+        for file in self._listing.metadata:
+            path = self.root / file
+            above = posixpath.dirname(file)
+            for _, row in csv_rows(path) if path.suffix == ".csv" else jsonl_rows(path):
+                if any(row.get(column) for column in columns) and isinstance(row.get("file_name"), str):
+                    name = posixpath.normpath(posixpath.join(above, row["file_name"].strip()))
+                    found.add(_shown(name.removeprefix(self._inside)))
+        return found
+
     def known(self, index: int) -> Checked | None:
         """None: a folder has no index, and its files may change."""
         del index
 
     def _tell_of_names(self) -> None:
         listing = self._listing
-        if 0 < listing.from_names < len(listing.captions):
-            log.warning("%s: %d pictures have their captions from file names only", self.folder, listing.from_names)
+        named = len(listing.from_names)
+        if 0 < named < len(listing.captions):
+            log.warning("%s: %d pictures have their captions from file names only", self.folder, named)
         elif listing.from_names:
             log.info("%s: captions are the words of the file names, such as %r", self.folder, self.captions(0)[0])
 

@@ -41,7 +41,8 @@ class Listing:
     """Captions by the picture's path relative to the root, and what was left out and why; both in natural order.
 
     `controls` and `masks`: by the same path, that of the second picture for a ControlNet to follow, and of the one that
-    says which pixels count, where there is one.
+    says which pixels count, where there is one. `from_names`: pictures whose captions are words of their names.
+    `texts`: `.txt` files beside no picture. `metadata`: files that were read.
     """
 
     captions: dict[str, Captions] = field(default_factory=dict)
@@ -49,7 +50,9 @@ class Listing:
     masks: dict[str, str] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     other_files: int = 0
-    from_names: int = 0
+    from_names: set[str] = field(default_factory=set)
+    texts: set[str] = field(default_factory=set)
+    metadata: list[str] = field(default_factory=list)
 
     def seconds(self, kind: str) -> dict[str, str]:
         """Second pictures of the kind "control" or "mask"."""
@@ -107,7 +110,12 @@ def list_folder(
             listing.controls[name] = controls[name]
         if name in masks:
             listing.masks[name] = masks[name]
-        listing.from_names += from_name
+        if from_name:
+            listing.from_names.add(name)
+    stems = {posixpath.splitext(name)[0] for name in pictures}
+    texts = {name for name in on_disk if name.endswith(".txt")}
+    listing.texts = {name for name in texts if posixpath.splitext(name)[0] not in stems}
+    listing.metadata = [posixpath.join(folder, name) for folder, names in folders for name in METADATA if name in names]
     listing.skipped.sort(key=lambda item: natural(item[0]))
     return listing
 

@@ -35,6 +35,7 @@ class _Row:
         path: of the picture's file; None where the picture is in the table.
         place: number of the row among all rows of parquet files.
         seconds: by "control" and "mask", the file of the second picture.
+        filled: columns in which there is something.
     """
 
     name: str
@@ -42,6 +43,7 @@ class _Row:
     path: Path | None
     place: int
     seconds: dict[str, Path] = field(default_factory=dict)
+    filled: frozenset[str] = frozenset()
 
 
 class TableStore:
@@ -109,6 +111,14 @@ class TableStore:
     def captions(self, index: int) -> tuple[str, ...]:
         return self._rows[index].captions
 
+    def path(self, index: int) -> Path | None:
+        """Where picture `index` lies; None where it is in the table."""
+        return self._rows[index].path
+
+    def rows_with(self, columns: tuple[str, ...]) -> set[str]:
+        """Names of the pictures whose rows have something in one of these columns."""
+        return {row.name for row in self._rows if not row.filled.isdisjoint(columns)}
+
     def second(self, index: int, kind: str) -> bytes | None:
         """The file that the column `conditioning_image` or `mask` names."""
         path = self._rows[index].seconds.get(kind)
@@ -165,7 +175,8 @@ class TableStore:
             found = _file(folder, text.strip()) if isinstance(text, str) and text.strip() else None
             if isinstance(found, Path):
                 seconds[kind] = found
-        self._rows.append(_Row(name, captions, path, place, seconds))
+        filled = frozenset(str(key) for key, cell in row.items() if cell not in (None, ""))
+        self._rows.append(_Row(name, captions, path, place, seconds, filled))
 
     def _captions(self, row: dict[str, Any], title: str) -> tuple[str, ...]:
         texts = (text for key in self._columns for text in texts_of(row.get(key), f"{title}: {key}"))
