@@ -13,6 +13,7 @@ from transformers import CLIPTokenizer
 
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import load_model
+from latentgen.models.chunks import words_of
 from latentgen.models.emphasis import SQUARE, encode_prompts, parse, plain, prompt_chunks, tokenize_prompts
 from latentgen.models.text import encode_text, tokenize
 from latentgen.models.words import add_token
@@ -94,7 +95,8 @@ def test_weighted_words_are_the_tokens_of_plain_ones(
     each = [
         values.get(weight, 0.0) or float(weight or 1)
         for word, weight in words
-        for _ in tokenize_prompts(tokenizer, [word], 1)[0][0].ne(tokenizer.eos_token_id).nonzero()[1:]
+        for tokens in words_of(tokenizer, word)
+        for _ in tokens
     ]
     room = tokenizer.model_max_length - 2
     if len(each) <= room:
