@@ -6,15 +6,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from PIL import Image
+from torch.nn import functional
 
 from latentgen.core.errors import UserError
 from latentgen.core.files import content_key
 from latentgen.data.images import MAX_PIXELS
 from latentgen.data.sources.base import CENTRE, Frame, Place, Shape
 
-VERSION = 2
+VERSION = 3
 """Part of every key; to be raised whenever the same file would give other pixels."""
 
 CROPS = ("center", "stretch", "random")
@@ -26,12 +27,12 @@ class Cut(NamedTuple):
     """What of an upright picture is kept and what becomes of it.
 
     Attributes:
-        box: left, top, right and bottom in the picture's own pixels, perhaps fractions.
+        box: left, top, right and bottom in the picture's own pixels.
         shape: height and width that it is scaled to.
         frame: the same, as SDXL is told of it.
     """
 
-    box: tuple[float, float, float, float]
+    box: tuple[int, int, int, int]
     shape: Shape
     frame: Frame
 
@@ -88,13 +89,10 @@ class Reading:
         if self.crop == "stretch":
             return Cut((0, 0, size[1], size[0]), shape, Frame(size, (0, 0)))
         scale = max(shape[0] / size[0], shape[1] / size[1])
-        kept = (min(shape[0] / scale, size[0]), min(shape[1] / scale, size[1]))
-        if shape[0] == shape[1] or scale == 1:  # whole pixels: what is not scaled keeps its pixels
-            kept = (round(kept[0]), round(kept[1]))
+        # Whole pixels: what is not scaled keeps its pixels, and of what is, no side is off by more than half a one.
+        kept = tuple(max(1, min(round(own / scale), whole)) for own, whole in zip(shape, size, strict=True))
         place = CENTRE if self.crop == "center" else at
-        top, left = ((whole - part) * share for whole, part, share in zip(size, kept, place, strict=True))
-        if shape[0] == shape[1] or scale == 1:
-            top, left = int(top), int(left)
+        top, left = (int((whole - part) * share) for whole, part, share in zip(size, kept, place, strict=True))
         frame = Frame(size, (round(top * scale), round(left * scale)))
         return Cut((left, top, left + kept[1], top + kept[0]), shape, frame)
 
@@ -104,22 +102,21 @@ class Reading:
         return max(shape[0] / size[0], shape[1] / size[1])
 
 
-def scale(image: Image.Image, cut: Cut) -> NDArray[np.uint8]:
-    """The part of an upright image, uint8 `[h, w, 3]` of mode RGB or `[h, w]` of mode L, by Lanczos resampling
-    (antialiased).
+def scale(pixels: NDArray[np.uint8], cut: Cut) -> NDArray[np.uint8]:
+    """The part of an upright picture, uint8 `[h, w, 3]` or `[h, w]`, by Lanczos resampling (antialiased).
 
-    The image may have been decoded smaller than the cut was reckoned for. A part that has its size already keeps its
+    The picture may have been decoded smaller than the cut was reckoned for. A part that has its size already keeps its
     pixels exactly.
     """
-    left, top, right, bottom = cut.box
-    height, width = cut.frame.original
-    if (image.height, image.width) != (height, width):
-        across, down = image.width / width, image.height / height
-        left, top, right, bottom = left * across, top * down, right * across, bottom * down
-    height, width = cut.shape
-    if (right - left, bottom - top) == (width, height) and left == int(left) and top == int(top):
-        return np.array(image.crop((int(left), int(top), int(right), int(bottom))), dtype=np.uint8)
-    # Resampling only inside the box: a 3 x 4000 picture is not blown up before its middle is cut out.
-    box = (left, top, min(right, image.width), min(bottom, image.height))
-    scaled = image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
-    return np.array(scaled, dtype=np.uint8)
+    height, width = pixels.shape[:2]
+    (left, top, right, bottom), (whole_height, whole_width) = cut.box, cut.frame.original
+    if (height, width) != (whole_height, whole_width):
+        across, down = width / whole_width, height / whole_height
+        left, top = min(round(left * across), width - 1), min(round(top * down), height - 1)
+        right, bottom = max(left + 1, round(right * across)), max(top + 1, round(bottom * down))
+    part = pixels[top:bottom, left:right]
+    if part.shape[:2] == cut.shape:
+        return np.ascontiguousarray(part)
+    planes = torch.from_numpy(part if part.ndim == 3 else part[..., None]).permute(2, 0, 1)[None]
+    scaled = functional.interpolate(planes, cut.shape, mode="lanczos", antialias=True)[0].permute(1, 2, 0)
+    return np.ascontiguousarray(scaled.numpy() if part.ndim == 3 else scaled[..., 0].numpy())

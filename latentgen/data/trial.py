@@ -11,7 +11,7 @@ import signal
 import struct
 import sys
 
-from latentgen.data.images import BadPicture, decode
+from latentgen.data.images import BadPicture, decode_pixels
 
 HEADER = struct.Struct(">QQ")
 MEMORY = 8 << 30
@@ -32,10 +32,10 @@ def main() -> None:
 def trial(content: bytes, max_pixels: int) -> dict[str, object]:
     """`size`, height and width of the upright picture, or `reason`."""
     try:
-        image = decode(content, max_pixels=max_pixels)
+        pixels = decode_pixels(content, max_pixels=max_pixels)
     except BadPicture as error:
         return {"reason": str(error)}
-    return {"size": [image.height, image.width]}
+    return {"size": list(pixels.shape[:2])}
 
 
 def _limit_memory() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile
 
 from latentgen.core.errors import UserError
-from latentgen.data.images import BadPicture, decode
+from latentgen.data.images import BadPicture, decode, decode_pixels
 from latentgen.data.reading import Reading, scale
 
 H, W = 24, 40
@@ -388,7 +388,7 @@ def test_threads_leave_the_warning_filters_alone():
 
 
 def fit(image: Image.Image, resolution: int, crop: str = "center") -> np.ndarray:
-    return scale(image, Reading(resolution, crop).cut((image.height, image.width)))
+    return scale(np.array(image), Reading(resolution, crop).cut((image.height, image.width)))
 
 
 def test_fit_keeps_the_pixels_of_the_right_size():
@@ -437,3 +437,45 @@ def test_smaller_jpeg_decoding_gives_nearly_the_same_picture():
     assert max(quick.size) < 800
     full = fit(decode(content), 64).astype(int)
     assert np.abs(fit(quick, 64).astype(int) - full).mean() < 1.0
+
+
+# ---- the way of plain JPEGs
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 30}]
+)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_plain_jpegs_are_bit_for_bit_what_pillow_makes_of_them(mode: str, options: dict, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (37, 52, 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(file, "JPEG", exif=exif.tobytes(), **options)
+    np.testing.assert_array_equal(decode_pixels(file.getvalue()), np.asarray(decode(file.getvalue())))
+
+
+def test_damaged_jpegs_are_refused_either_way() -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "JPEG")
+    content = file.getvalue()
+    for damaged in (content[:-500], content[:200], content[: len(content) // 2] + b"\xff\xd9", content[:3]):
+        with pytest.raises(BadPicture) as one:
+            decode_pixels(damaged)
+        with pytest.raises(BadPicture) as other:
+            decode(damaged)
+        assert str(one.value) == str(other.value)
+
+
+def test_a_large_jpeg_is_decoded_smaller_but_never_below_twice_what_is_wanted() -> None:
+    file = io.BytesIO()
+    Image.fromarray(RGB).resize((800, 640)).save(file, "JPEG", quality=95)
+    whole = decode_pixels(file.getvalue())
+    for side in (10, 64, 100, 300):
+        small = decode_pixels(file.getvalue(), short_side=side)
+        assert min(small.shape[:2]) >= min(2 * side, 640)
+        assert small.shape[0] / small.shape[1] == pytest.approx(0.8, abs=0.02)
+        cut = Reading(side).cut((640, 800))
+        assert np.abs(scale(small, cut).astype(int) - scale(whole, cut)).mean() < 2
+    assert decode_pixels(file.getvalue(), short_side=64).shape[0] < 640

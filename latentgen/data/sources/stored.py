@@ -16,7 +16,7 @@ from latentgen.core.errors import UserError
 from latentgen.core.files import content_key
 from latentgen.data.buckets import choose_shapes
 from latentgen.data.checking import Checked, check_pictures
-from latentgen.data.images import BadPicture, decode, transparency
+from latentgen.data.images import BadPicture, decode, decode_pixels, transparency
 from latentgen.data.order import Order, Windowed, WindowedByShape
 from latentgen.data.reading import Reading, scale
 from latentgen.data.sources.base import CENTRE, Frame, Place, Shape, shapes_of, usual_order
@@ -167,8 +167,10 @@ class Pictures:
         reading = self.reading
         cut = reading.cut(found.size, at)
         longest = max(cut.shape) if reading.shapes else reading.resolution
-        image = decode(content, max_pixels=reading.max_pixels, short_side=longest, background=reading.background)
-        return scale(image, cut)
+        pixels = decode_pixels(
+            content, max_pixels=reading.max_pixels, short_side=longest, background=reading.background
+        )
+        return scale(pixels, cut)
 
     def control(self, index: int, at: Place = CENTRE) -> NDArray[np.uint8] | None:
         """The second picture of picture `index`, read and cut like the first; None unless asked for with `controls`."""
@@ -177,10 +179,10 @@ class Pictures:
         try:
             content = self.store.second(self._number(index), "control")
             assert content is not None, "it was there when the source was made"
-            image = decode(content, max_pixels=self.reading.max_pixels, background=self.reading.background)
+            pixels = decode_pixels(content, max_pixels=self.reading.max_pixels, background=self.reading.background)
         except BadPicture as error:
             raise UserError(f"{self._called(index)}: its second picture was fine, now {error}; restore it") from error
-        return scale(image, self.reading.cut((image.height, image.width), at)._replace(shape=self.shape(index)))
+        return scale(pixels, self.reading.cut(pixels.shape[:2], at)._replace(shape=self.shape(index)))
 
     def mask(self, index: int, at: Place = CENTRE) -> NDArray[np.uint8] | None:
         """By the reading's `mask`: the picture's opacity, or the second picture's brightness; cut like the picture."""
@@ -198,7 +200,7 @@ class Pictures:
             raise UserError(f"{self._called(index)}: its mask was fine, now {error}; restore it") from error
         if layer is None:
             return None
-        return scale(layer.resize((size[1], size[0])), self.reading.cut(size, at))
+        return scale(np.array(layer.resize((size[1], size[0]))), self.reading.cut(size, at))
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Captions of picture `index`, at least one, all different."""
