@@ -127,6 +127,16 @@ def check_precision(precision: str, environment: Mapping[str, str], launcher: Se
     logger.warning("the launcher's mixed_precision: no is ignored, train.precision decides: %s", precision)
 
 
+def warn_of_slow_bf16(capability: str) -> None:
+    """Say so where a processor, known by what PyTorch calls it, multiplies bfloat16 number by number."""
+    if capability in ("DEFAULT", "AVX2"):
+        logger.warning(
+            "train.precision: bf16 is many times slower than fp32 on this processor (%s has no instructions for it); "
+            "say train.precision=fp32",
+            capability,
+        )
+
+
 def check_wrapping(environment: Mapping[str, str], precision: str) -> None:
     """Raise `UserError` when the launcher asks for a wrapping, or a variety of FSDP, that this trainer cannot do."""
     for name, variable in WRAPPINGS.items():
@@ -222,6 +232,8 @@ def make_world(precision: str, processes: int | None = None, device: str | None 
         mixed_precision={"fp32": "no"}.get(precision, precision),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
+    if cpu and precision == "bf16" and accelerator.is_main_process:
+        warn_of_slow_bf16(torch.backends.cpu.get_cpu_capability())
     asked = processes_asked(launcher, os.environ, Path(default_config_file))
     check_world(accelerator.num_processes, asked, processes)
     if sharding is not None:

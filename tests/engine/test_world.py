@@ -20,6 +20,7 @@ from latentgen.engine.world import (
     make_world,
     processes_asked,
     sharding_asked,
+    warn_of_slow_bf16,
 )
 
 LAUNCH = ["/venv/bin/python", "/venv/bin/accelerate", "launch"]
@@ -132,6 +133,14 @@ class _Process:
 def test_the_launcher_is_found_above(lines: list[list[str]], found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world.psutil, "Process", lambda: _Process(*lines))
     assert bool(launcher_command()) is found
+
+
+@pytest.mark.parametrize(("capability", "slow"), [("AVX2", True), ("DEFAULT", True), ("AVX512", False)])
+def test_bf16_is_warned_of_where_the_processor_has_none(
+    capability: str, slow: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_slow_bf16(capability)
+    assert ("say train.precision=fp32" in caplog.text) is slow
 
 
 def test_half_precision_needs_a_gpu() -> None:
