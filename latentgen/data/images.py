@@ -194,6 +194,10 @@ def _reason(error: Exception, content: bytes) -> str:
         return "a vector drawing (SVG); convert it to PNG"
     if content[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
         return "HEIC pictures are not supported; convert it to JPEG or PNG"
+    if head.startswith((b"#?radiance", b"#?rgbe")):
+        return "Radiance HDR pictures are not supported; convert it to PNG or JPEG"
+    if isinstance(error, Image.UnidentifiedImageError) and content.startswith((b"II*\0", b"MM\0*")):
+        return "a kind of TIFF that is not supported (colours of float numbers, for one), or damaged; convert it to PNG"
     if isinstance(error, Image.UnidentifiedImageError):
         return "not a picture, or damaged at its beginning"
     text = " ".join(str(error).split()) or type(error).__name__
