@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -136,5 +135,6 @@ def drawn_captions(draw: Draw, source: Source, limit: int | None) -> list[str]:
 
 
 def as_tensor(values: NDArray) -> Tensor:
-    """Floating numbers as float32; whole ones and truth values as they are."""
-    return torch.from_numpy(np.array(values, dtype=np.float32 if values.dtype.kind == "f" else None))
+    """Floating numbers as float32; whole ones and truth values as they are, in the same memory."""
+    made = torch.from_numpy(values)
+    return made.to(torch.float32) if made.is_floating_point() else made

@@ -19,7 +19,9 @@ from latentgen.core.rand import seed_of
 
 _ROUNDS = 4
 _KEPT = 8
-"""Windows whose members are remembered."""
+"""Windows whose members are remembered, and blocks of permutations."""
+_BLOCK = 1024
+"""Neighbours that are permuted at once: sixty-four take nearly as long as a thousand."""
 
 
 class Order(Protocol):
@@ -58,6 +60,20 @@ def permute(values: NDArray[np.int64], n: int, *key: int | str) -> NDArray[np.in
     return result.astype(np.int64)
 
 
+def permuted(start: int, stop: int, n: int, *key: int | str) -> NDArray[np.int64]:
+    """`permute` of start .. stop-1, for those who ask for one stretch after another."""
+    blocks = range(start // _BLOCK, -(-stop // _BLOCK))
+    parts = [_block(number, n, *key)[max(start - number * _BLOCK, 0) : stop - number * _BLOCK] for number in blocks]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+@lru_cache(maxsize=_KEPT)
+def _block(number: int, n: int, *key: int | str) -> NDArray[np.int64]:
+    made = permute(np.arange(number * _BLOCK, min((number + 1) * _BLOCK, n)), n, *key)
+    made.flags.writeable = False
+    return made
+
+
 def _one(value: int, n: int, *key: int | str) -> int:
     return int(permute(np.array([value]), n, *key)[0])
 
@@ -69,12 +85,14 @@ class Shuffled:
     n: int
 
     def at(self, positions: range, seed: int, stage: str) -> tuple[int, ...]:
-        at = np.arange(positions.start, positions.stop, dtype=np.int64)
-        result = np.empty_like(at)
-        for epoch in np.unique(at // self.n):
-            here = at // self.n == epoch
-            result[here] = permute(at[here] % self.n, self.n, seed, stage, "order", int(epoch))
-        return tuple(int(i) for i in result)
+        result: list[int] = []
+        at = positions.start
+        while at < positions.stop:
+            epoch, inside = divmod(at, self.n)
+            stop = min(self.n, inside + positions.stop - at)
+            result += permuted(inside, stop, self.n, seed, stage, "order", epoch).tolist()
+            at += stop - inside
+        return tuple(result)
 
 
 @dataclass(frozen=True)
@@ -105,7 +123,7 @@ class Windowed:
             first = int(ends[number - 1]) if number else 0
             stop = min(int(ends[number]), inside + positions.stop - at)
             size = int(ends[number]) - first
-            places = permute(np.arange(inside - first, stop - first), size, seed, stage, "window", epoch, number)
+            places = permuted(inside - first, stop - first, size, seed, stage, "window", epoch, number)
             result += self.numbers(members[number], places)
             at += stop - inside
         return tuple(result)

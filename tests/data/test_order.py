@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentgen.data.order import Shuffled, permute
+from latentgen.data.order import Shuffled, permute, permuted
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 63, 64, 65, 1000, 4096, 4097, 20_000])
@@ -72,3 +73,23 @@ def test_seed_stage_and_epoch_each_have_their_own_order() -> None:
 def test_the_order_is_pinned() -> None:
     """A changed order would change every run that was begun before."""
     assert Shuffled(10).at(range(8, 24), 0, "unet") == (1, 0, 8, 3, 7, 4, 5, 0, 1, 2, 9, 6, 6, 0, 9, 8)
+
+
+@given(st.integers(1, 5000), st.integers(0, 5000), st.integers(0, 3000), st.integers(0, 9))
+def test_stretches_of_a_permutation_are_parts_of_the_whole(n: int, start: int, count: int, key: int) -> None:
+    start = min(start, n)
+    stop = min(start + count, n)
+    np.testing.assert_array_equal(permuted(start, stop, n, key), permute(np.arange(start, stop), n, key))
+
+
+def test_a_billion_examples_take_no_memory_and_resume_anywhere() -> None:
+    n = 10**9
+    order = Shuffled(n)
+    tracemalloc.start()
+    here = [order.at(range(at, at + 64), 0, "unet") for at in (0, 999, n // 2 + 7, n - 32, 3 * n - 1)]
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2_000_000
+    assert all(0 <= number < n for part in here for number in part)
+    assert len({number for part in here[:3] for number in part}) == 3 * 64
+    assert order.at(range(n // 2, n // 2 + 100), 0, "unet")[7:71] == here[2]
