@@ -96,10 +96,38 @@ def _warn_of_ignored(name: str, section: Autoencoder | TextEncoder | UNet) -> No
             logger.warning("%s.%s is ignored, because %s.from is given", name, key, name)
 
 
+_STORED = frozenset({"folder", "table", "shards", "datasets"})
+_ACTS_ON: dict[str, frozenset[str]] = {
+    "path": _STORED,
+    "validation": _STORED,
+    "split": _STORED - {"table"} | {"shapes"},  # reading shards warns of it, with what to do
+    "subset": frozenset({"datasets"}),
+    "streaming": frozenset({"datasets"}),
+    "image_column": frozenset({"table", "datasets"}),
+    "caption_columns": _STORED,
+    "max_upscale": _STORED,
+    "background": _STORED,
+    "max_pixels": _STORED,
+    "broken_share": _STORED,
+    "size": frozenset({"shapes"}),
+    "window": _STORED - {"folder"},
+    "local": _STORED - {"folder"},
+    "local_gib": frozenset({"shards"}),
+}
+"""Settings that not every source has a use for, and the sources that do."""
+
+
 def _warn_of_ignored_data(data: Data) -> None:
     """Say which settings have no effect on the data that are there."""
-    made, plain = all(part.source == "shapes" for part in data.parts()), Data()
-    if made:
+    sources, plain = {part.source for part in data.parts()}, Data()
+    for key, those in _ACTS_ON.items():
+        if getattr(data, key) == getattr(plain, key):
+            continue
+        if data.source == "mixture" and key in ("path", "split", "validation"):
+            logger.warning("data.%s is ignored: the parts of data.mixture have their own", key)
+        elif not sources & those:
+            logger.warning("data.%s is ignored with data.source: %s", key, data.source)
+    if sources == {"shapes"}:
         for key in ("crop", "buckets", "mask"):
             if getattr(data, key) != getattr(plain, key):
                 logger.warning("data.%s is ignored: the pictures of data.source shapes are whole squares", key)

@@ -15,6 +15,7 @@ from latentgen.formats.model import Model
 from latentgen.formats.model_folder import save_model
 from latentgen.recipe import build, sources
 from latentgen.recipe.schema import Recipe
+from latentgen.recipe.schema_data import Data
 
 
 def with_(recipe: Recipe, **sections: dict) -> Recipe:
@@ -178,3 +179,38 @@ def test_settings_of_the_data_without_effect_are_told(tiny_recipe: Recipe, caplo
     build.check(with_(tiny_recipe, data={"bucket_step": 16, "mask_floor": 0.5}), 1)
     assert "data.bucket_step is ignored without data.buckets" in caplog.text
     assert "data.mask_floor is ignored without data.mask" in caplog.text
+
+
+EVERY_SOURCE = {"shapes", "folder", "table", "shards", "datasets", "mixture"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "ignoring"),
+    [
+        ("path", "pictures", {"shapes", "mixture"}),
+        ("validation", "pictures", {"shapes", "mixture"}),
+        ("split", "test", {"table", "mixture"}),
+        ("subset", "small", EVERY_SOURCE - {"datasets"}),
+        ("streaming", True, EVERY_SOURCE - {"datasets"}),
+        ("image_column", "file", EVERY_SOURCE - {"table", "datasets"}),
+        ("caption_columns", ("words",), {"shapes"}),
+        ("max_pixels", 1000, {"shapes"}),
+        ("background", "black", {"shapes"}),
+        ("size", 500, EVERY_SOURCE - {"shapes"}),
+        ("window", 2, {"shapes", "folder", "mixture"}),
+        ("local_gib", 1.0, EVERY_SOURCE - {"shards"}),
+    ],
+)
+def test_settings_that_a_source_has_no_use_for_are_told(
+    key: str, value: object, ignoring: set[str], tiny_recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = set()
+    for source in sorted(EVERY_SOURCE):
+        caplog.clear()
+        data: dict[str, object] = {"source": source} if source == "shapes" else {"source": source, "path": "x"}
+        if source == "mixture":
+            data = {"source": source, "mixture": ({"source": "folder", "path": "x"},)}
+        value = str(tmp_path) if key == "validation" else value
+        build.check(with_(tiny_recipe, data={"size": Data().size, **data, key: value}), 1)
+        told |= {source} if f"data.{key} is ignored" in caplog.text else set()
+    assert told == ignoring
