@@ -13,8 +13,9 @@ from hypothesis import settings
 from numpy.typing import NDArray
 
 from latentgen.core.rand import Draw
+from latentgen.data.frame import CENTRE, Frame, Place, Shape
 from latentgen.data.order import Order
-from latentgen.data.sources.base import CENTRE, Frame, Place, Shape, usual_order
+from latentgen.data.sources.base import usual_order
 from latentgen.diffusion.noise_tables import NoiseTable
 from latentgen.formats.model import Model
 from latentgen.models.autoencoder import build_autoencoder

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from latentgen.data.sources.base import Shape
+from latentgen.data.frame import Shape
 
 LONGEST = 4.0
 """The most extreme aspect ratio of a shape."""

@@ -21,8 +21,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from latentgen.data.frame import Shape
 from latentgen.data.images import BadPicture
-from latentgen.data.sources.base import Shape
 from latentgen.data.trial import HEADER
 
 COMMAND = (sys.executable, "-m", "latentgen.data.trial")

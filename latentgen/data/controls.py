@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from latentgen.core.errors import UserError
 from latentgen.data.edges import edges
-from latentgen.data.sources.base import CENTRE, Place, Source
+from latentgen.data.frame import CENTRE, Place
+from latentgen.data.sources.base import Source
 
 
 @dataclass(frozen=True)

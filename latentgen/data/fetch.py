@@ -14,9 +14,10 @@ from torch import Tensor
 
 from latentgen.core.rand import Draw
 from latentgen.data.captions import TagDraws, Words, as_tensor, drawn_captions
+from latentgen.data.frame import CENTRE, Place
 from latentgen.data.latents import CachedLatents
 from latentgen.data.masks import draw_masks
-from latentgen.data.sources.base import CENTRE, Place, Source
+from latentgen.data.sources.base import Source
 
 
 def to_bytes(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from latentgen.core.errors import UserError
 from latentgen.core.files import content_key
+from latentgen.data.frame import CENTRE, Frame, Place, Shape
 from latentgen.data.images import MAX_PIXELS
-from latentgen.data.sources.base import CENTRE, Frame, Place, Shape
 
 VERSION = 3
 """Part of every key; to be raised whenever the same file would give other pixels."""

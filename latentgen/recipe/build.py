@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from latentgen.core.errors import UserError
 from latentgen.core.rand import seed_of
+from latentgen.data.frame import Shape
 from latentgen.data.loader import Cut
-from latentgen.data.sources.base import Shape
 from latentgen.diffusion import lookup
 from latentgen.diffusion.guidance import build as build_guidance
 from latentgen.diffusion.guidance import parse

@@ -15,8 +15,9 @@ from latentgen.core.errors import UserError
 from latentgen.core.rand import Draw
 from latentgen.data.controls import Controls
 from latentgen.data.fetch import CachedBatches
+from latentgen.data.frame import Place
 from latentgen.data.masks import NUMBERS, mask_of
-from latentgen.data.sources.base import Place, Source
+from latentgen.data.sources.base import Source
 from latentgen.formats.model import Model
 from latentgen.models.autoencoder import factor
 from latentgen.models.context import AESTHETIC_SCORE, sizes_of

@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from latentgen.data.sources.base import Shape
+from latentgen.data.frame import Shape
 from latentgen.engine.ema import Ema
 from latentgen.engine.footprint import PROBES, Allocated, Growth, LikeCuda, autocast, growth, storage_bytes
 from latentgen.engine.guard import parts_of

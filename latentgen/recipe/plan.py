@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentgen.core.log import counted
-from latentgen.data.sources.base import Shape, shape_counts
+from latentgen.data.frame import Shape
+from latentgen.data.sources.base import shape_counts
 from latentgen.engine.muon import matrices_of, orthogonalised
 from latentgen.formats.model import Model
 from latentgen.formats.model_folder import load_model

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from latentgen.data.buckets import cut_off
-from latentgen.data.sources.base import Shape, Source
+from latentgen.data.frame import Shape
+from latentgen.data.sources.base import Source
 from latentgen.recipe.schema_data import Data
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,9 @@ from latentgen.data.cache import ArrayCache, Compute
 from latentgen.data.cache_entries import Entries, entries
 from latentgen.data.captions import first_captions
 from latentgen.data.fetch import to_tensor
+from latentgen.data.frame import Shape
 from latentgen.data.latents import CachedLatents
-from latentgen.data.sources.base import Shape, Source, shapes_of
+from latentgen.data.sources.base import Source, shapes_of
 from latentgen.formats.model import Model
 from latentgen.models.autoencoder import encode_moments, factor
 from latentgen.models.text import pooled_width, prompt_length, states_width

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentgen.data.buckets import LONGEST, candidates, choose_shapes, cut_off
-from latentgen.data.sources.base import Shape
+from latentgen.data.frame import Shape
 
 SIDES = st.integers(10, 300)
 SIZES = st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=12)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latentgen.data.buckets import candidates
+from latentgen.data.frame import Place, Shape
 from latentgen.data.reading import Reading
-from latentgen.data.sources.base import Place, Shape
 from latentgen.data.sources.folder import FolderStore
 from latentgen.data.sources.stored import Pictures
 

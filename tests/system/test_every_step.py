@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from latentgen.core.errors import Interrupted
-from latentgen.data.sources.base import Shape
+from latentgen.data.frame import Shape
 from latentgen.engine.checkpoint import Checkpoint
 from latentgen.engine.guard import Guard
 from latentgen.engine.loop import Loop

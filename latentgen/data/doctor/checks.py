@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from latentgen.data.doctor.looking import Looked, near_pairs
-from latentgen.data.sources.base import Shape
+from latentgen.data.frame import Shape
 
 TINY = 24
 """Pixels of a short side below which a picture is hardly one."""

@@ -15,9 +15,9 @@ from PIL import Image
 
 from latentgen.core.log import progress
 from latentgen.data.checking import Checked, check_pictures
+from latentgen.data.frame import Shape
 from latentgen.data.images import decode, transparency
 from latentgen.data.quiet import quiet_pillow
-from latentgen.data.sources.base import Shape
 from latentgen.data.sources.stored import Store
 
 SMALL = 32

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from latentgen.core.errors import UserError
 from latentgen.core.files import content_key
+from latentgen.data.frame import CENTRE, Frame, Place, Shape
 from latentgen.data.images import BadPicture, decode
 from latentgen.data.order import Order, Shuffled
-from latentgen.data.sources.base import CENTRE, Frame, Place, Shape
 
 
 @dataclass(frozen=True)

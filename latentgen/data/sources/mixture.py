@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from latentgen.core.errors import UserError
 from latentgen.core.files import content_key
+from latentgen.data.frame import CENTRE, Frame, Place, Shape
 from latentgen.data.order import ByShape, Interleaved, Order, slots
-from latentgen.data.sources.base import CENTRE, Frame, Place, Shape, Source, shapes_of
+from latentgen.data.sources.base import Source, shapes_of
 
 
 @dataclass(frozen=True)

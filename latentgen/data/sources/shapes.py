@@ -15,8 +15,8 @@ import numpy as np
 
 from latentgen.core.errors import UserError
 from latentgen.core.files import content_key
+from latentgen.data.frame import CENTRE, Frame, Place, Shape
 from latentgen.data.order import Order, Shuffled
-from latentgen.data.sources.base import CENTRE, Frame, Place, Shape
 from latentgen.data.sources.shapes_captions import alterations, captions_of, parse, phrase
 from latentgen.data.sources.shapes_layout import Draws, draw_scene
 from latentgen.data.sources.shapes_render import render

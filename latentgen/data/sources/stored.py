@@ -16,10 +16,11 @@ from latentgen.core.errors import UserError
 from latentgen.core.files import content_key
 from latentgen.data.buckets import choose_shapes
 from latentgen.data.checking import Checked, check_pictures
+from latentgen.data.frame import CENTRE, Frame, Place, Shape
 from latentgen.data.images import BadPicture, decode, decode_pixels, transparency
 from latentgen.data.order import Order, Windowed, WindowedByShape
 from latentgen.data.reading import Reading, scale
-from latentgen.data.sources.base import CENTRE, Frame, Place, Shape, shapes_of, usual_order
+from latentgen.data.sources.base import shapes_of, usual_order
 from latentgen.data.sources.folder_manifest import natural
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from latentgen.core.files import content_key
 from latentgen.core.rand import seed_of
+from latentgen.data.frame import CENTRE, Frame, Place, Shape
 from latentgen.data.order import Order, Windowed, WindowedByShape
-from latentgen.data.sources.base import CENTRE, Frame, Place, Shape, Source, usual_order
+from latentgen.data.sources.base import Source, usual_order
 
 SHARE = 10
 """At most one example in so many is held out ..."""

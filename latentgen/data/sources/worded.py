@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentgen.core.files import content_key
+from latentgen.data.frame import CENTRE, Frame, Place, Shape
 from latentgen.data.order import Order
-from latentgen.data.sources.base import CENTRE, Frame, Place, Shape, Source
+from latentgen.data.sources.base import Source
 
 
 @dataclass(frozen=True)
