@@ -7,8 +7,8 @@ the positions see the same examples. Epochs shuffle by keyed permutations that a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Protocol
 
@@ -135,12 +135,12 @@ class Windowed:
         group = np.searchsorted(ends, places, side="right")
         return (self._starts[groups[group]] + places - (ends - sizes)[group]).tolist()
 
-    def window_at(self, position: int, seed: int, stage: str) -> tuple[int, tuple[int, ...]]:
-        """The number of the window, counted from the start of the run, in which a position lies, and its groups."""
+    def window_at(self, position: int, seed: int, stage: str) -> tuple[tuple[int, ...], int]:
+        """The groups of the window in which a position lies, and the first position behind it."""
         epoch, inside = divmod(position, int(self._starts[-1]))
         members, ends = _windows(self, seed, stage, epoch)
         number = int(np.searchsorted(ends, inside, side="right"))
-        return epoch * len(members) + number, tuple(int(group) for group in members[number])
+        return tuple(int(group) for group in members[number]), position - inside + int(ends[number])
 
     def among(self, examples: Sequence[int]) -> Windowed:
         """The order of these examples alone, ascending, which are numbered anew from 0."""
@@ -249,10 +249,10 @@ class WindowedByShape:
         """Positions in an epoch."""
         return self.batch * sum(order.batches for order in _shaped_windows(self, seed, stage)[1])
 
-    def window_at(self, position: int, seed: int, stage: str) -> tuple[int, tuple[int, ...]]:
-        """The number of the window in which a position lies, counted within its epoch's windows, and its groups."""
-        window, _, _ = self._find(position, seed, stage)
-        return window, _shaped_windows(self, seed, stage)[0][window]
+    def window_at(self, position: int, seed: int, stage: str) -> tuple[tuple[int, ...], int]:
+        """The groups of the window in which a position lies, and the first position behind it."""
+        window, _, left = self._find(position, seed, stage)
+        return _shaped_windows(self, seed, stage)[0][window], position + left
 
     def among(self, examples: Sequence[int]) -> WindowedByShape:
         """The order of these examples alone, ascending, which are numbered anew from 0."""
@@ -289,6 +289,29 @@ def _shaped_windows(order: WindowedByShape, seed: int, stage: str) -> tuple[list
     examples = [np.concatenate([order.members(int(group)) for group in groups]) for groups in windows]
     orders = [ByShape(order.shapes(numbers), order.batch, numbers) for numbers in examples]
     return [tuple(int(group) for group in groups) for groups in windows], orders
+
+
+@dataclass(frozen=True)
+class ReadAhead:
+    """An order in windows that says which groups come next.
+
+    Args:
+        order: the order.
+        soon: is told, whenever examples are asked for, the groups of the window behind theirs. It returns at once.
+    """
+
+    order: Windowed | WindowedByShape
+    soon: Callable[[Sequence[int]], None]
+
+    def at(self, positions: range, seed: int, stage: str) -> tuple[int, ...]:
+        if positions:
+            _, behind = self.order.window_at(positions[-1], seed, stage)
+            self.soon(self.order.window_at(behind, seed, stage)[0])
+        return self.order.at(positions, seed, stage)
+
+    def among(self, examples: Sequence[int]) -> ReadAhead:
+        """The order of these examples alone, ascending, which are numbered anew from 0."""
+        return replace(self, order=self.order.among(examples))
 
 
 @dataclass(frozen=True)

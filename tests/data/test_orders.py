@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentgen.data.order import ByShape, Interleaved, Order, Shuffled, Windowed, slots
+from latentgen.data.order import ByShape, Interleaved, Order, ReadAhead, Shuffled, Windowed, WindowedByShape, slots
 
 SHAPES = [0, 1, 1, 0, 2, 1, 1, 0, 1, 1, 1, 0, 0, 1]
 
@@ -51,11 +51,12 @@ def test_a_windowed_epoch_shows_every_example_once_and_few_groups_at_a_time(
     group_of = np.repeat(np.arange(len(groups)), groups)
     at = 0
     while at < n:
-        number, members = order.window_at(epoch * n + at, 7, "s")
+        members, end = order.window_at(epoch * n + at, 7, "s")
         size = sum(groups[group] for group in members)
+        assert end == epoch * n + at + size
         assert len(members) <= window
         assert {int(group_of[i]) for i in seen[at : at + size]} == {group for group in members if groups[group]}
-        assert order.window_at(epoch * n + at + size - 1, 7, "s") == (number, members)
+        assert order.window_at(end - 1, 7, "s") == (members, end)
         at += size
 
 
@@ -101,3 +102,23 @@ def test_a_mixture_has_exact_shares(parts: list[tuple[int, int]], epoch: int, da
 def test_slots() -> None:
     assert slots((5, 2), (3, 4)).tolist() == [0, 1, 2, 0, 1, 3, 4]
     assert len({Windowed((4, 4), 2).at(range(8 * e, 8 * e + 8), 0, "s") for e in range(9)}) == 9
+
+
+@pytest.mark.parametrize(
+    "order", [Windowed((5, 3, 0, 7, 2, 4), 2), WindowedByShape((8, 6, 3, 9, 4), 2, [0, 1, 0, 0, 1] * 6, 4)]
+)
+def test_the_groups_of_the_window_behind_are_told(order: Windowed | WindowedByShape) -> None:
+    told: list[tuple[int, ...]] = []
+    ahead = ReadAhead(order, lambda groups: told.append(tuple(groups)))
+    for at in range(0, 200, 4):
+        told.clear()
+        assert ahead.at(range(at, at + 4), 7, "s") == order.at(range(at, at + 4), 7, "s")
+        (groups,) = told
+        _, end = order.window_at(at + 3, 7, "s")
+        assert groups == order.window_at(end, 7, "s")[0]
+        shown = order.at(range(end, order.window_at(end, 7, "s")[1]), 7, "s")
+        ends = np.cumsum(order.groups)
+        assert {int(np.searchsorted(ends, i, side="right")) for i in shown} <= set(groups)
+    told.clear()
+    assert ahead.at(range(4, 4), 7, "s") == ()
+    assert told == []

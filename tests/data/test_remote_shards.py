@@ -181,6 +181,30 @@ def test_the_local_folder_stays_within_its_bound(server: Server, out: Path, tmp_
             assert there <= bound
 
 
+def test_the_next_window_is_fetched_while_this_one_is_read(server: Server, out: Path, tmp_path: Path) -> None:
+    far = pictures(f"{server.address}/{names(out)}", tmp_path / "far")
+    there = {path.parent for path in (tmp_path / "far").glob(f"*/{shard_files.SHARD}")}
+    assert not there, "indexes lie beside the shards"
+    (index, *_) = far.order(4).at(range(4), 0, "unet")
+    files = far.store.files  # type: ignore[attr-defined]
+    files._ahead.join()
+    assert len(list((tmp_path / "far").glob(f"*/{shard_files.SHARD}"))) == 2
+    far.order(4).at(range(4), 0, "unet")
+    files._ahead.join()
+    far.image(index)
+    assert len(list((tmp_path / "far").glob(f"*/{shard_files.SHARD}"))) == 3, "one that is read, two ahead"
+
+
+def test_what_cannot_be_fetched_ahead_is_told_when_it_is_read(server: Server, out: Path, tmp_path: Path) -> None:
+    far = pictures(f"{server.address}/{names(out)}", tmp_path / "far")
+    for shard in out.glob("*.tar"):
+        shard.unlink()
+    (index, *_) = far.order(4).at(range(4), 0, "unet")
+    far.store.files._ahead.join()  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="not there"):
+        far.image(index)
+
+
 def test_object_stores_by_fsspec(out: Path, tmp_path: Path) -> None:
     import fsspec
 

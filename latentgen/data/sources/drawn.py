@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -41,6 +42,9 @@ class DrawnStore:
     def second(self, index: int, kind: str) -> bytes | None:
         """None: what a source computes beside its pictures it can compute again."""
         del index, kind
+
+    def soon(self, groups: Sequence[int]) -> None:
+        """Nothing is done: all is at hand."""
 
     def known(self, index: int) -> Checked | None:
         """None: these files are made when they are asked for."""

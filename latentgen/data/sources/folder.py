@@ -6,6 +6,7 @@ import logging
 import os
 import posixpath
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,9 @@ class FolderStore:
                     name = posixpath.normpath(posixpath.join(above, row["file_name"].strip()))
                     found.add(_shown(name.removeprefix(self._inside)))
         return found
+
+    def soon(self, groups: Sequence[int]) -> None:
+        """Nothing is done: all is at hand."""
 
     def known(self, index: int) -> Checked | None:
         """None: a folder has no index, and its files may change."""

@@ -89,6 +89,9 @@ class DatasetsStore:
         cell = self._data[self._numbers[index]].get(_SECONDS[kind])
         return None if cell is None else _bytes_of(cell)
 
+    def soon(self, groups: Sequence[int]) -> None:
+        """Nothing is done: all is at hand."""
+
     def known(self, index: int) -> Checked | None:
         """None: nothing is kept of it."""
         del index

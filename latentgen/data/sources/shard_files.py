@@ -81,11 +81,26 @@ class ShardFiles:
         """Bytes of shard `number`. Raises `BadPicture` where they are not there any more."""
         return read_place(self._opened(number).fileno(), place)
 
-    def fetch(self, numbers: Sequence[int]) -> None:
-        """See to it that these shards are at hand, several fetched at a time."""
-        away = [number for number in numbers if is_remote(self.names[number])]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(self._at_hand, away))
+    def soon(self, numbers: Sequence[int]) -> None:
+        """Fetch these shards from elsewhere in the background, unless that has been begun already.
+
+        Each is asked for once: where there is no room for them beside those in use, they are fetched when they are
+        read, as is one that could not be fetched here.
+        """
+        self._own()
+        away = [number for number in numbers if is_remote(self.names[number]) and number not in self._asked]
+        if away and (self._ahead is None or not self._ahead.is_alive()):
+            self._asked = set(numbers)
+            # A daemon: what it has not fetched when the process ends, nobody waits for.
+            self._ahead = threading.Thread(target=self._fetch_ahead, args=(away,), daemon=True)
+            self._ahead.start()
+
+    def _fetch_ahead(self, numbers: Sequence[int]) -> None:
+        try:
+            for number in numbers:
+                self._at_hand(number)
+        except (UserError, OSError) as error:  # said again to whoever reads the shard
+            log.debug("%s", error)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if not key.startswith("_")}
@@ -97,6 +112,13 @@ class ShardFiles:
     def _forget(self) -> None:
         self._handles: OrderedDict[int, FileIO] = OrderedDict()
         self._owner, self._lock = os.getpid(), threading.Lock()
+        self._asked: set[int] = set()
+        self._ahead: threading.Thread | None = None
+
+    def _own(self) -> None:
+        """Leave to the other process what a forked one has inherited."""
+        if self._owner != os.getpid():
+            self._forget()
 
     def _place(self, number: int) -> Path:
         """The folder of one shard."""
@@ -131,8 +153,7 @@ class ShardFiles:
         return _keep(place, index, origin)
 
     def _opened(self, number: int) -> FileIO:
-        if self._owner != os.getpid():
-            self._forget()  # a forked process: what it inherited is the other's
+        self._own()
         with self._lock:
             file = self._handles.get(number)
             if file is not None:

@@ -88,6 +88,10 @@ class ShardStore:
         place = example.seconds.get(kind)
         return None if place is None else self.files.read(example.shard, place)
 
+    def soon(self, groups: Sequence[int]) -> None:
+        """See `ShardFiles.soon`."""
+        self.files.soon(groups)
+
     def known(self, index: int) -> Checked | None:
         """What the index says; None of a picture that was refused under a smaller limit of pixels than there is now."""
         example = self._examples[index]

@@ -18,7 +18,7 @@ from latentgen.data.buckets import choose_shapes
 from latentgen.data.checking import Checked, check_pictures
 from latentgen.data.frame import CENTRE, Frame, Place, Shape
 from latentgen.data.images import BadPicture, decode, decode_pixels, transparency
-from latentgen.data.order import Order, Windowed, WindowedByShape
+from latentgen.data.order import Order, ReadAhead, Windowed, WindowedByShape
 from latentgen.data.reading import Reading, scale
 from latentgen.data.sources.base import shapes_of, usual_order
 from latentgen.data.sources.folder_manifest import natural
@@ -62,6 +62,10 @@ class Store(Protocol):
 
     def second(self, index: int, kind: str) -> bytes | None:
         """The file of a second picture, `kind` "control" (a ControlNet follows it) or "mask"; None: there is none."""
+        ...
+
+    def soon(self, groups: Sequence[int]) -> None:
+        """A hint, once a batch, at the groups that will be read next. Returns at once, whatever is done about it."""
         ...
 
     def known(self, index: int) -> Checked | None:
@@ -223,9 +227,9 @@ class Pictures:
         ends = np.searchsorted(self._numbers, np.cumsum(groups))
         kept = tuple(np.diff(np.concatenate([[0], ends])).tolist())
         shapes, of = shapes_of(self)
-        if len(shapes) == 1:
-            return Windowed(kept, self.window)
-        return WindowedByShape(kept, self.window, of, batch)
+        single = len(shapes) == 1
+        order = Windowed(kept, self.window) if single else WindowedByShape(kept, self.window, of, batch)
+        return ReadAhead(order, self.store.soon)
 
     def _of(self, index: int) -> Checked:
         self._number(index)

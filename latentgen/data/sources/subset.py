@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from latentgen.core.files import content_key
 from latentgen.core.rand import seed_of
 from latentgen.data.frame import CENTRE, Frame, Place, Shape
-from latentgen.data.order import Order, Windowed, WindowedByShape
+from latentgen.data.order import Order, ReadAhead
 from latentgen.data.sources.base import Source, usual_order
 
 SHARE = 10
@@ -66,7 +66,7 @@ class Subset:
     def order(self, batch: int) -> Order:
         """In windows where the whole source is read so."""
         whole = self.source.order(batch)
-        if isinstance(whole, Windowed | WindowedByShape) and list(self.indices) == sorted(set(self.indices)):
+        if isinstance(whole, ReadAhead) and list(self.indices) == sorted(set(self.indices)):
             return whole.among(self.indices)
         return usual_order(self, batch)
 

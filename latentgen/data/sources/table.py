@@ -124,6 +124,9 @@ class TableStore:
         path = self._rows[index].seconds.get(kind)
         return None if path is None else read_file(path)
 
+    def soon(self, groups: Sequence[int]) -> None:
+        """Nothing is done: all is at hand."""
+
     def known(self, index: int) -> Checked | None:
         """Pictures in parquet have been decoded once; files may have changed since."""
         row = self._rows[index]
