@@ -16,7 +16,7 @@ from PIL import Image
 
 from latentgen.core.rand import Draw
 from latentgen.data.loader import Cut, Loader
-from latentgen.data.order import ByShape, Interleaved, WindowedByShape
+from latentgen.data.order import ByShape, Interleaved, ReadAhead, WindowedByShape
 from latentgen.data.reading import Reading
 from latentgen.data.sources.base import Source
 from latentgen.data.sources.drawn import DrawnStore
@@ -177,6 +177,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Source:
 
 def epoch_of(source: Source) -> int:
     order = source.order(BATCH)
+    order = order.order if isinstance(order, ReadAhead) else order
     if isinstance(order, ByShape):
         return order.batches * BATCH
     if isinstance(order, WindowedByShape):

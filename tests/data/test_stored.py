@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from latentgen.core.errors import UserError
 from latentgen.data.checking import Checked
-from latentgen.data.order import ByShape, Shuffled, Windowed
+from latentgen.data.order import ByShape, ReadAhead, Shuffled, Windowed
 from latentgen.data.reading import Reading
 from latentgen.data.sources.stored import Pictures
 
@@ -34,6 +35,7 @@ class Memory:
     skipped: tuple[tuple[str, str], ...] = (("a10.png", "no caption"), ("a2.png", "no caption"))
     where: str = "memory"
     read: list[int] = field(default_factory=list)
+    asked: list[tuple[int, ...]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -50,6 +52,9 @@ class Memory:
 
     def second(self, index: int, kind: str) -> bytes | None:
         return self.seconds.get(index)
+
+    def soon(self, groups: Sequence[int]) -> None:
+        self.asked.append(tuple(groups))
 
     def known(self, index: int) -> Checked | None:
         return self.index.get(index)
@@ -86,8 +91,11 @@ def test_what_an_index_knows_is_not_read_beforehand() -> None:
 
 
 def test_windows_follow_the_shards_less_what_is_broken() -> None:
-    order = Pictures(Memory(FILES, groups=(2, 3, 1)), Reading(8), window=2).order(4)
-    assert order == Windowed((1, 2, 1), 2)
+    store = Memory(FILES, groups=(2, 3, 1))
+    order = Pictures(store, Reading(8), window=2).order(4)
+    assert order == ReadAhead(Windowed((1, 2, 1), 2), store.soon)
+    assert len(order.at(range(4), 0, "unet")) == 4
+    assert len(store.asked) == 1
     assert Pictures(Memory(FILES), Reading(8)).order(4) == Shuffled(4)
 
 
