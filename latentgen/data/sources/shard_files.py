@@ -76,6 +76,8 @@ class ShardFiles:
         else:
             found = {number: self._index(number) for number in (*numbers[first:], *numbers[:first])}
         self.indexes = tuple(found[number] for number in numbers)
+        # Those in use, those of the next window, and one on its way.
+        self.room_ahead = self.limit >= (2 * window + 1) * max(index.bytes for index in self.indexes)
 
     def read(self, number: int, place: Place) -> bytes:
         """Bytes of shard `number`. Raises `BadPicture` where they are not there any more."""
@@ -84,9 +86,11 @@ class ShardFiles:
     def soon(self, numbers: Sequence[int]) -> None:
         """Fetch these shards from elsewhere in the background, unless that has been begun already.
 
-        Each is asked for once: where there is no room for them beside those in use, they are fetched when they are
-        read, as is one that could not be fetched here.
+        Where there is no room for them beside those in use, they are fetched when they are read, as is one that could
+        not be fetched here.
         """
+        if not self.room_ahead:
+            return
         self._own()
         away = [number for number in numbers if is_remote(self.names[number]) and number not in self._asked]
         if away and (self._ahead is None or not self._ahead.is_alive()):
