@@ -52,6 +52,14 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     return found
 
 
+def require_place(num: int, out: Path) -> None:
+    """Raise `UserError` where there is nothing to draw, or no folder to draw into."""
+    if num < 1:
+        raise UserError(f"--num {num}: must be at least 1")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder for the pictures")
+
+
 def sample(
     prompts: Annotated[list[str] | None, typer.Argument(help="What to draw; several prompts may follow.")] = None,
     prompts_file: Annotated[Path | None, typer.Option("--prompts", help="File with one prompt a line.")] = None,
@@ -116,47 +124,38 @@ def sample(
     """Draw pictures; each PNG carries everything needed to draw it again."""
     setup_logging()
     wanted = read_prompts(prompts or [], prompts_file)
-    if num < 1:
-        raise UserError(f"--num {num}: must be at least 1")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder for the pictures")
+    require_place(num, out)
     folder = model or find_model(runs)
     from latentgen.cli.drawing import default_side, draw_to_folder, open_here, require_drawable
 
     opened = open_here(folder, device, dtype, loras=lora or [], words=embedding or [], controlnet=controlnet)
-    from latentgen.pipelines.generate import Request, steps_of
+    from latentgen.pipelines.generate import Request, spread, steps_of
 
     side = default_side(opened.model)
-    requests = [
-        Request(
-            prompt,
-            negative_prompt=negative_prompt,
-            seed=seed + number,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            guidance=tuple(guidance or ()),
-            sampler=sampler,
-            schedule=schedule,
-            height=side if height is None else height,
-            width=side if width is None else width,
-            image=None if image is None else str(image),
-            mask=None if mask is None else str(mask),
-            strength=strength,
-            control=None if control is None else str(control),
-            control_scale=control_scale,
-            control_start=control_start,
-            control_end=control_end,
-            control_edges=control_edges,
-            chunks=chunks,
-            emphasis=emphasis,
-        )
-        for prompt in wanted
-        for number in range(num)
-    ]
+    request = Request(
+        "",
+        negative_prompt=negative_prompt,
+        seed=seed,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        guidance=tuple(guidance or ()),
+        sampler=sampler,
+        schedule=schedule,
+        height=side if height is None else height,
+        width=side if width is None else width,
+        image=None if image is None else str(image),
+        mask=None if mask is None else str(mask),
+        strength=strength,
+        control=None if control is None else str(control),
+        control_scale=control_scale,
+        control_start=control_start,
+        control_end=control_end,
+        control_edges=control_edges,
+        chunks=chunks,
+        emphasis=emphasis,
+    )
+    requests, columns = spread(request, wanted, num), num if grid else 0
     require_drawable(requests, opened.model)
     with progress("drawing", "step", total=steps_of(requests)) as bar:
-        paths = draw_to_folder(
-            opened, requests, out, batch_size=batch_size, on_step=bar.update, columns=num if grid else 0
-        )
-    for path in paths:
-        typer.echo(path)
+        paths = draw_to_folder(opened, requests, out, batch_size=batch_size, on_step=bar.update, columns=columns)
+    typer.echo("\n".join(map(str, paths)))

@@ -353,5 +353,5 @@ def slots(counts: Sequence[int], lengths: Sequence[int]) -> NDArray[np.int64]:
     """The numbers `[sum(counts)]` of one epoch of a mixture, in no order: of each part as many as `counts` says, its
     examples as often as each other, give or take one; numbers of the parts follow each other."""
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    parts = [start + np.arange(count) % n for start, count, n in zip(starts, counts, lengths, strict=False)]
+    parts = [start + np.arange(count) % n for start, count, n in zip(starts[:-1], counts, lengths, strict=True)]
     return np.concatenate(parts).astype(np.int64)

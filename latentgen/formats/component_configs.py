@@ -44,6 +44,8 @@ class Rule:
     time_ids: int = 0
 
 
+# Scaling factors make latents of unit variance over the training set: arXiv 2112.10752 (appendix G) and its released
+# models, and the autoencoder of arXiv 2307.01952.
 RULES: Mapping[str, Rule] = {
     "sd1": Rule(heads=8, side=512, scaling_factor=0.18215),
     "sd2": Rule(heads=None, side=512, scaling_factor=0.18215),

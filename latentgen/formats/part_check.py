@@ -50,7 +50,7 @@ def check_part(part: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
     Raises:
         UserError: a tensor is missing or has another shape, or the configuration makes no network.
     """
-    try:
+    try:  # on the meta device, where what these say of a network can only be the configuration's fault
         expected = expected_shapes(part, config)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{where}: the configuration of {part} makes no network: {_line(error)}") from error

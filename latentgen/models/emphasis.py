@@ -138,7 +138,7 @@ def tokenize_prompts(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: i
     for prompt, target, own in zip(prompts, ids, weights, strict=True):
         pieces = fitted(_weighted_words(tokenizer, prompt), length - MARKERS, chunks)[0]
         put_pieces(tokenizer, target, [[token for token, _ in piece] for piece in pieces])
-        for row, piece in zip(own.view(-1, length), pieces, strict=False):
+        for row, piece in zip(own.view(-1, length)[: len(pieces)], pieces, strict=True):
             row[1 : len(piece) + 1] = torch.tensor([weight for _, weight in piece])
     return ids, weights
 

@@ -146,7 +146,8 @@ def blank(tokenizer: CLIPTokenizer, rows: int, chunks: int) -> Tensor:
 def put_pieces(tokenizer: CLIPTokenizer, target: Tensor, pieces: Sequence[Sequence[int]]) -> None:
     """Write pieces, each of at most t - 2 ids, into a row `[n * t]` of `blank`."""
     end: Any = tokenizer.eos_token_id
-    for piece, own in zip(target.view(-1, tokenizer.model_max_length), pieces, strict=False):
+    rows = target.view(-1, tokenizer.model_max_length)[: len(pieces)]
+    for piece, own in zip(rows, pieces, strict=True):
         piece[1 : len(own) + 1] = torch.tensor(own, dtype=torch.int64)
         piece[len(own) + 1] = end
 

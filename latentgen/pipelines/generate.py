@@ -116,6 +116,12 @@ def check(request: Request, model: Model) -> None:
         raise UserError(f"--sampler {request.sampler}: it adds normal noise, which is not PFGM++'s; choose heun")
 
 
+def spread(request: Request, prompts: Sequence[str], num: int) -> list[Request]:
+    """`num` pictures of each prompt, whose seeds count up from the request's."""
+    seeds = range(request.seed, request.seed + num)
+    return [dataclasses.replace(request, prompt=prompt, seed=seed) for prompt in prompts for seed in seeds]
+
+
 def steps_of(requests: Sequence[Request]) -> int | None:
     """How many steps `generate` will report of these; None where only drawing them can tell."""
     if any(find_sampler(request.sampler).own_steps for request in requests):

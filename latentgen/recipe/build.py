@@ -29,7 +29,7 @@ from latentgen.models.autoencoder import Vae, build_autoencoder, factor, initial
 from latentgen.models.clip import Clip, ClipShape, build_clip
 from latentgen.models.text import Tower, states_width
 from latentgen.models.unet import build_unet
-from latentgen.pipelines.generate import FITTED, Request
+from latentgen.pipelines.generate import FITTED, Request, spread
 from latentgen.pipelines.guiding import check_negative_prompt, split_prompt
 from latentgen.recipe.process import check_objective, check_process, process
 from latentgen.recipe.schema import Autoencoder, Recipe, TextEncoder, UNet
@@ -361,7 +361,7 @@ def posterior(recipe: Recipe) -> str:
 def previews(recipe: Recipe) -> list[Request]:
     """The requests of a preview, `preview.num` of each prompt in a row."""
     p = recipe.preview
-    return [request(recipe, prompt, p.seed + number) for prompt in p.prompts for number in range(p.num)]
+    return spread(request(recipe, "", p.seed), p.prompts, p.num)
 
 
 def request(recipe: Recipe, prompt: str, seed: int) -> Request:

@@ -55,7 +55,7 @@ def cards(recipe: Recipe, steps: int, most: int) -> list[list[Card]]:
         indices = order.at(range(step * size, (step + 1) * size), recipe.seed, "unet")
         batch: dict[str, Any] = dict(batches(Draw(recipe.seed, "unet", step, size, range(size), indices)))
         row = []
-        for number, (index, caption) in enumerate(zip(indices[:most], batch["text"], strict=False)):
+        for number, (index, caption) in enumerate(zip(indices[:most], batch["text"][:most], strict=True)):
             pixels = batch["image"][number].permute(1, 2, 0).numpy()
             if "loss_mask" in batch:
                 pixels = _dimmed(pixels, batch["loss_mask"][number, 0].numpy())

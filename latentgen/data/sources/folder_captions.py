@@ -153,6 +153,11 @@ def _decoded(path: Path) -> str:
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
+    """(line, object) of every line that is not empty.
+
+    Raises:
+        UserError: a line that is no JSON object, a key that stands twice, text that is not UTF-8.
+    """
     for number, line in enumerate(_decoded(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -177,6 +182,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
+    """(line, cells by column) of every row; a cell that holds a JSON list of texts is that list.
+
+    Raises:
+        UserError: more cells than columns, quotes that do not close, text that is not UTF-8.
+    """
     reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True)
     try:
         for row in reader:

@@ -125,7 +125,7 @@ class TableStore:
         return None if path is None else read_file(path)
 
     def soon(self, groups: Sequence[int]) -> None:
-        """Nothing is done: all is at hand."""
+        """Nothing is done: files are at hand, and a row group is soon read."""
 
     def known(self, index: int) -> Checked | None:
         """Pictures in parquet have been decoded once; files may have changed since."""
